@@ -1,0 +1,266 @@
+"""
+How text becomes batches: a corpus is tokenized once into a flat file, and every batch is a pure function
+of (seed, step, row), whatever the number of processes and wherever a run was resumed.
+
+A corpus is a module of this folder with documents(split, input) -> (text, starts_document) pairs and, if a
+model can be asked about it, checks(input) -> {metric: [{"prompt", "answer"}, …]}.
+
+    data/<corpus>/<tokenizer>/train.bin, val.bin     256 int32 of header, then uint16 or uint32 ids
+    data/<corpus>/<tokenizer>/meta.json, tokenizer.tiktoken, checks.json
+"""
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from bpe import BadInput, Tokenizer
+
+CORPORA = ("bios", "arithmetic", "shakespeare", "text", "stdlib")
+MAGIC = 20240520  # of the public fineweb shards: header[0]; header[1] version, header[2] number of tokens
+TOKENIZER_CHARS = 100_000_000  # a tokenizer is trained on at most this much of a corpus
+
+# -----------------------------------------------------------------------------
+# Token files
+
+
+def write_tokens(path, arrays, n_vocab):
+    """Stream arrays of ids into one file, atomically; returns the number of tokens."""
+    dtype = np.uint16 if n_vocab <= 2 ** 16 else np.uint32
+    path, count = Path(path), 0
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(bytes(1024))
+            for ids in arrays:
+                f.write(np.asarray(ids).astype(dtype).tobytes())
+                count += len(ids)
+            header = np.zeros(256, dtype=np.int32)
+            header[:3] = MAGIC, 1 if dtype == np.uint16 else 2, count if count < 2 ** 31 else -1
+            f.seek(0)
+            f.write(header.tobytes())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise BadInput(f"{path} could not be written ({error.strerror}): free some space on that disk") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def open_tokens(path):
+    """The ids of a token file as a read-only memory map, (n,) uint16 or uint32."""
+    try:
+        size = os.path.getsize(path)
+        header = np.fromfile(path, dtype=np.int32, count=256)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror})") from None
+    if len(header) < 256 or header[0] != MAGIC or header[1] not in (1, 2):
+        raise BadInput(f"{path} is not a token file of version 1 or 2: delete it, it is made again when needed")
+    dtype = np.uint16 if header[1] == 1 else np.uint32
+    count = (size - 1024) // np.dtype(dtype).itemsize
+    if (size - 1024) % np.dtype(dtype).itemsize or header[2] not in (count, -1):
+        raise BadInput(f"{path} holds {count} tokens but its header says {header[2]}: delete it, it is made again")
+    return np.memmap(path, dtype=dtype, mode="r", offset=1024, shape=(count,)) if count else np.zeros(0, dtype)
+
+
+# -----------------------------------------------------------------------------
+# A corpus, tokenized once
+
+
+def parse_mixture(spec):
+    """'bios:0.7,arithmetic:0.3' -> {"bios": 0.7, "arithmetic": 0.3}, weights scaled to sum 1."""
+    weights = {}
+    for part in spec.split(","):
+        name, _, weight = part.partition(":")
+        if name not in CORPORA:
+            raise BadInput(f"--data {name!r} is unknown: choose from {', '.join(CORPORA)}, weighted as in "
+                           f"bios:0.7,arithmetic:0.3")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            weights[name] = 0
+        if not weights[name] > 0:
+            raise BadInput(f"--data {part!r} needs a positive weight after the colon, as in bios:0.7")
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+
+def _documents(name, split, input):
+    return importlib.import_module(f"data.{name}").documents(split, input=input)
+
+
+def _texts(names, input):
+    """The training text of several corpora in turn, each up to its share of TOKENIZER_CHARS."""
+    for name in names:
+        left = TOKENIZER_CHARS // len(names)
+        for text, _ in _documents(name, "train", input):
+            if left <= 0:
+                break
+            left -= len(text)
+            yield text
+
+
+def _encode(name, split, tokenizer, input, count):
+    """Arrays of ids, document by document, each starting with <|endoftext|>; count[split] adds up UTF-8 bytes."""
+    documents = _documents(name, split, input)
+    while batch := list(islice(documents, 64)):
+        for (text, starts), ids in zip(batch, tokenizer.encode_batch([text for text, _ in batch])):
+            count[split] = count.get(split, 0) + len(text.encode())
+            yield [tokenizer.eot] + list(ids) if starts else ids
+
+
+def _fingerprint(name, input):
+    """What a prepared corpus was made from: the module's code and the input's size and time."""
+    made = {"corpus": name, "code": hashlib.sha256(Path(__file__).with_name(f"{name}.py").read_bytes()).hexdigest()}
+    if input is not None and Path(input).exists():
+        files = sorted(p for p in Path(input).rglob("*") if p.is_file()) if Path(input).is_dir() else [Path(input)]
+        stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        made["input"] = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    return made
+
+
+def _read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def prepare(spec, tokenizer=None, vocab_size=1024, input=None, root=None):
+    """
+    Tokenize every corpus of the mixture `spec`, unless that was done before.
+    tokenizer: None trains a byte-level BPE of vocab_size on the mixture; "char"; a Tokenizer; or what
+    Tokenizer.from_pretrained takes. Returns ({corpus: (weight, folder)}, tokenizer).
+    """
+    weights, root = parse_mixture(spec), Path(root or Path(__file__).parent)
+    names = sorted(weights)
+    made = {name: _fingerprint(name, input) for name in names}
+    if isinstance(tokenizer, Tokenizer):
+        label = f"{tokenizer.kind}-{hashlib.sha256(json.dumps(tokenizer.spec()).encode()).hexdigest()[:8]}"
+    elif tokenizer in (None, "char"):
+        label = "char" if tokenizer == "char" else f"bpe{vocab_size}"
+        label += "" if len(names) == 1 else "-" + "+".join(names)
+    else:
+        tokenizer = Tokenizer.from_pretrained(tokenizer)
+        return prepare(spec, tokenizer, input=input, root=root)
+    folders = {name: root / name / label for name in names}
+    metas = {name: _read_json(folder / "meta.json") for name, folder in folders.items()}
+    if all(metas[name] and metas[name]["made_from"] == made for name in names):
+        return {name: (weights[name], folders[name]) for name in names}, Tokenizer.load(folders[names[0]])
+
+    start = time.time()
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.train(_texts(names, input), vocab_size, digits=True,
+                                    kind="char" if tokenizer == "char" else "bpe")
+        print(f"tokenizer: {tokenizer.n_vocab} ids, trained in {time.time() - start:.1f} s")
+    for name, final in folders.items():
+        folder = final.with_name(f".{final.name}.{os.getpid()}.part")  # complete before it takes its place
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        start, size = time.time(), {}
+        tokens = {split: write_tokens(folder / f"{split}.bin", _encode(name, split, tokenizer, input, size),
+                                      tokenizer.n_vocab) for split in ("train", "val")}
+        for split, n in tokens.items():
+            if n < 2:
+                raise BadInput(f"--data {name} has no text for {split}: give a file or folder with more text")
+        module = importlib.import_module(f"data.{name}")
+        checks = module.checks(input=input) if hasattr(module, "checks") else {}
+        (folder / "checks.json").write_text(json.dumps(checks))
+        tokenizer.save(folder)
+        (folder / "meta.json").write_text(json.dumps({
+            "tokenizer": tokenizer.spec(), "tokens": tokens, "bytes": size, "made_from": made,
+            "sha256": {s: hashlib.sha256(open_tokens(folder / f"{s}.bin")).hexdigest() for s in tokens}}, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
+        try:
+            folder.rename(final)
+        except OSError:  # another run made the same in the meantime
+            shutil.rmtree(folder)
+        print(f"{name}: {tokens['train']:,} + {tokens['val']:,} tokens of {sum(size.values()):,} bytes "
+              f"in {time.time() - start:.1f} s")
+    return {name: (weights[name], folders[name]) for name in names}, tokenizer
+
+
+# -----------------------------------------------------------------------------
+# Batches
+
+
+class TokenLoader:
+    """
+    Windows of T + 1 tokens from a weighted mixture of token files. Row g of the whole run, g = step · rows + row,
+    belongs to the source that slot g mod 1024 names, and there to the next window of a shuffled epoch; each
+    epoch is cut at another offset. Nothing is remembered between calls, so resuming needs only the step.
+    """
+    SLOTS = 1024
+
+    def __init__(self, sources, T, seed):
+        """sources: list of (weight, ids (n,)); weights sum to 1."""
+        self.T, self.seed, self.tokens, self.orders = T, seed, [ids for _, ids in sources], {}
+        for ids in self.tokens:
+            if len(ids) < T + 1:
+                raise BadInput(f"a training text of {len(ids)} tokens is shorter than --block_size {T} + 1: "
+                               f"give more text or a smaller --block_size")
+        shares = np.cumsum([0] + [weight for weight, _ in sources])
+        edges = np.round(shares * self.SLOTS).astype(int)
+        slots = np.repeat(np.arange(len(sources)), np.diff(edges))
+        np.random.default_rng([seed, 0]).shuffle(slots)
+        self.source = slots  # (SLOTS,) which source, and how many of its rows came before in the round
+        self.rank = np.array([np.sum(slots[:i] == s) for i, s in enumerate(slots)])
+        self.per_round = np.bincount(slots, minlength=len(sources))
+        if self.per_round.min() == 0:
+            raise BadInput(f"a --data weight below 1/{self.SLOTS} of the sum is never drawn: leave that corpus out")
+
+    def window(self, g):
+        """Ids (T + 1,) of row g of the run."""
+        rounds, slot = divmod(g, self.SLOTS)
+        s = self.source[slot]
+        ids, index = self.tokens[s], int(rounds * self.per_round[s] + self.rank[slot])
+        windows = max(1, (len(ids) - 1) // self.T - 1)
+        epoch, i = divmod(index, windows)
+        if self.orders.get(s, (None,))[0] != epoch:
+            rng = np.random.default_rng([self.seed, 1 + s, epoch])
+            offset = int(rng.integers(len(ids) - windows * self.T))
+            self.orders[s] = epoch, offset, rng.permutation(windows)
+        _, offset, order = self.orders[s]
+        start = offset + int(order[i]) * self.T
+        return ids[start:start + self.T + 1]
+
+    def batch(self, first, rows):
+        """Rows first … first + rows of the run, (rows, T + 1) int64: inputs are [:, :-1], targets [:, 1:]."""
+        return np.stack([self.window(g) for g in range(first, first + rows)]).astype(np.int64)
+
+
+def eval_batches(ids, T, max_tokens, rows, rank=0, world=1):
+    """
+    The first max_tokens targets of a token file (0: all of them) in consecutive windows, dealt to the ranks in
+    turn: inputs and targets, (rows, T) int64 each; targets past the end are -100.
+    """
+    targets = len(ids) - 1 if max_tokens == 0 else min(len(ids) - 1, max_tokens)
+    starts = range(rank * T, targets, world * T)
+    for i in range(0, len(starts), rows):
+        x, y = np.zeros((rows, T), np.int64), np.full((rows, T), -100, np.int64)
+        for row, start in enumerate(starts[i:i + rows]):
+            n = min(T, targets - start)
+            x[row, :n], y[row, :n] = ids[start:start + n], ids[start + 1:start + n + 1]
+        yield x, y
+
+
+# -----------------------------------------------------------------------------
+# Questions
+
+
+def exact_match(model, tokenizer, rows, batch=256):
+    """
+    Ask each row's prompt after <|endoftext|>, greedily; right where the text goes on with the answer, letter by
+    letter. Returns (share that is right, the generated texts).
+    """
+    prompts = [[tokenizer.eot] + tokenizer.encode(row["prompt"]) for row in rows]
+    longest = max(len(tokenizer.encode(row["answer"])) for row in rows)
+    texts = []
+    for i in range(0, len(prompts), batch):
+        tokens, _ = model.generate(prompts[i:i + batch], max_new_tokens=longest + 4, temperature=0)
+        texts += [tokenizer.decode(row) for row in tokens]
+    return sum(text.startswith(row["answer"]) for text, row in zip(texts, rows)) / len(rows), texts

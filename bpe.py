@@ -32,7 +32,6 @@ import lzma
 import math
 import os
 import re
-import resource
 import struct
 import subprocess
 import sys
@@ -179,6 +178,9 @@ def train_merges(chunks, n_merges, min_frequency):
     A pair that holds the newest token did not exist before that token, so its positions are all
     known the moment it appears; later merges can only take some away. Hence where[pair] is
     written once and filtered when used, counts only fall, and a heap entry is an upper bound.
+    For the same reason a pair that begins below a floor never rises to it: most pairs are rare,
+    and are left uncounted until no pair at or above the floor is left. Then the dead positions
+    are dropped, the floor sinks to an eighth, and the pairs are counted anew.
     """
     SEP, DEAD = -1, -2
     words = [chunk.encode() for chunk in chunks]
@@ -187,8 +189,6 @@ def train_merges(chunks, n_merges, min_frequency):
     ids = np.frombuffer(text, np.uint8).astype(np.int32)
     ids[np.cumsum([0, *lengths])] = SEP
     weight = np.append(np.repeat(np.fromiter(chunks.values(), np.int64), lengths), 0)
-    after = np.arange(1, len(ids) + 1, dtype=np.int32)
-    before = np.arange(-1, len(ids) - 1, dtype=np.int32)
 
     def grouped(keys, positions):
         """-> (key, its positions, their summed weight) for each distinct key."""
@@ -203,21 +203,28 @@ def train_merges(chunks, n_merges, min_frequency):
                                           totals.tolist()):
             yield key, positions[start:end], total
 
-    count, where, heap = {}, {}, []
+    least = max(min_frequency, 1)
+    merges, heap, floor = [], [], None
+    while len(merges) < n_merges and (heap or floor != least):
+        if not heap:
+            live = ids != DEAD
+            ids, weight, count, where = ids[live], weight[live], {}, {}
+            after = np.arange(1, len(ids) + 1, dtype=np.int32)
+            before = np.arange(-1, len(ids) - 1, dtype=np.int32)
+            at = np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0)).astype(np.int32)
+            pairs = list(grouped(ids[at].astype(np.int64) << 32 | ids[at + 1], at))
+            top = max((total for _, _, total in pairs), default=0)
+            floor = max(least, min(top, floor or top) // 8)
+            for key, at, total in pairs:
+                if total >= floor:
+                    pair = key >> 32, key & 0xFFFFFFFF
+                    count[pair], where[pair] = total, at
+                    heapq.heappush(heap, (-total, pair))
+            continue
 
-    def appear(pair, positions, total):
-        count[pair], where[pair] = total, positions
-        heapq.heappush(heap, (-total, pair))
-
-    first = np.flatnonzero((ids[:-1] >= 0) & (ids[1:] >= 0)).astype(np.int32)
-    for key, positions, total in grouped(ids[first] * 256 + ids[first + 1], first):
-        appear(divmod(key, 256), positions, total)
-
-    merges = []
-    while len(merges) < n_merges and heap:
         bound, pair = heapq.heappop(heap)
         n = count[pair]
-        if n < min_frequency or n <= 0:
+        if n < floor:
             continue
         if n < -bound:
             heapq.heappush(heap, (-n, pair))
@@ -253,10 +260,12 @@ def train_merges(chunks, n_merges, min_frequency):
         x_at = before[at]
         x = ids[x_at]
         ok = (x >= 0) & (x != new)
-        for z, positions, total in grouped(x[ok], x_at[ok]):
-            appear((z, new), positions, total)
-        for z, positions, total in grouped(y[y >= 0], at[y >= 0]):
-            appear((new, z), positions, total)
+        appeared = [((z, new), *rest) for z, *rest in grouped(x[ok], x_at[ok])]
+        appeared += [((new, z), *rest) for z, *rest in grouped(y[y >= 0], at[y >= 0])]
+        for pair, positions, total in appeared:
+            if total >= floor:
+                count[pair], where[pair] = total, positions
+                heapq.heappush(heap, (-total, pair))
     return merges
 
 
@@ -837,8 +846,8 @@ UNPACK = {".gz": gzip.open, ".xz": lzma.open}
 def read_pieces(paths, size=1 << 20):
     """Text of files, folders (all .txt, .md and .py in them) and "-", in pieces of about a MiB.
 
-    A piece ends after a newline between two characters that no pattern joins, so that the
-    pieces' chunks are the text's; where a MiB has none, anywhere."""
+    A piece ends after a newline between two characters that no pattern joins, or before a space
+    between two such, so that the pieces' chunks are the text's; where a MiB has none, anywhere."""
     for path in map(Path, paths):
         files = sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md", ".py")) \
             if path.is_dir() else [path]
@@ -861,7 +870,12 @@ def pieces_of(file, size):
         at = rest.rfind("\n", 1, len(rest) - 1)
         while at > 0 and not (rest[at + 1].isalnum() and not rest[at - 1].isspace()):
             at = rest.rfind("\n", 1, at)
-        at = at + 1 if at > 0 else len(rest) - 1 if len(rest) > size else 0
+        at = max(at + 1, 0)
+        if not at and len(rest) > size:  # lines that end in CRLF, or no lines
+            at = rest.rfind(" ", 1, len(rest) - 1)
+            while at > 0 and not (rest[at + 1].isalpha() and rest[at - 1].isalnum()):
+                at = rest.rfind(" ", 1, at)
+            at = at if at > 0 else len(rest) - 1
         if at:
             yield rest[:at]
             rest = rest[at:]
@@ -992,6 +1006,7 @@ TRAINERS = {"bpe.py": train_ours, "tokenizers": train_huggingface, "rustbpe": tr
 def bench(args):
     """Every trainer in its own process, on the same pieces of the same file."""
     if args.trainer:
+        import resource  # not on Windows
         start, begun = time.perf_counter(), time.process_time()
         ranks = TRAINERS[args.trainer](read_pieces([args.file]), args.vocab_size)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (

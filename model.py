@@ -17,7 +17,6 @@ import functools
 import json
 import math
 import os
-import shutil
 import sys
 from collections import namedtuple
 from dataclasses import asdict, dataclass, fields
@@ -368,7 +367,8 @@ class KVCache:
 
     def drop(self, r):
         """Forget the last r tokens of each row; r an int or (B,)."""
-        self.pos.sub_(r).clamp_(min=0)
+        self.pos.sub_(r)
+        self.bound -= int(torch.as_tensor(r).min())
 
 
 class GPT(nn.Module):
@@ -407,12 +407,12 @@ class GPT(nn.Module):
 
     def trunk(self, idx, cache=None, positions=None, doc_ids=None):
         """Hidden states (B, T, C) after the last norm. Arguments as in forward."""
-        c, (B, T) = self.config, idx.shape
+        c, T = self.config, idx.shape[1]
         static = cache is not None and cache.static  # then the engine has counted
-        if not static and T + (cache.bound if cache else 0) > c.block_size:
-            past = f" after {cache.bound} cached ones" if cache and cache.bound else ""
-            raise BadInput(f"{T} tokens{past} are more than the model's context of {c.block_size}: shorten the "
-                           f"input, or train with a larger --block_size")
+        room = c.block_size if cache is None else min(c.block_size, cache.size) - cache.bound
+        if T > room and not static:
+            raise BadInput(f"{T} tokens do not fit into the {room} left of the model's context of {c.block_size}: "
+                           f"shorten the input, or train with a larger --block_size")
         prefill = cache is not None and cache.bound == 0 and not static
         arange = torch.arange(T, device=idx.device)
         if positions is None:  # (T,), or (B, T) where each row continues at its own position
@@ -722,6 +722,17 @@ def peak_flops(device):
     return next((peak for part, peak in PEAK_FLOPS if part in name), None)
 
 
+def peak_memory(device):
+    """The most bytes this process has held: on the GPU, or of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows has no such count
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 # -----------------------------------------------------------------------------
 # Processes: one, or as many as torchrun started
 
@@ -858,8 +869,7 @@ def save_run(out, model, run):
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    state = {name: t for name, t in model.state_dict().items()}
-    save_safetensors(state, out / "model.safetensors", {"format": "pt"})
+    save_safetensors(model.state_dict(), out / "model.safetensors", {"format": "pt"})
     with replace_file(out / "run.json", "w") as f:
         json.dump({"config": asdict(model.config), **run}, f, indent=1)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bpe import BadInput, StreamDecoder, Tokenizer, cli
-from model import GPT, load_run, newest_run, setup_process
+from model import GPT, newest_run, setup_process
 
 
 def get_args(argv=None):

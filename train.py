@@ -5,7 +5,7 @@ Pretraining: next-token prediction on packed windows of T tokens,
 
 with AdamW (Loshchilov & Hutter 2019) or Muon (Jordan et al. 2024), one process or many.
 
-    python train.py                                                  # the default world, about three minutes on a laptop
+    python train.py                                          # the default world: three minutes on a laptop
     python train.py --data shakespeare --tokenizer char --out out/shakespeare
     torchrun --nproc_per_node 8 train.py --preset gpt2 --data text --input books/ --tokenizer gpt2 \\
         --batch_tokens 524288 --lr 0.01
@@ -13,24 +13,21 @@ with AdamW (Loshchilov & Hutter 2019) or Muon (Jordan et al. 2024), one process 
 import argparse
 import json
 import math
-import os
-import resource
 import shutil
 import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from bpe import BadInput, Tokenizer, cli
+from bpe import BadInput, cli
 from model import (GPT, GPTConfig, PRESETS, adamw_groups, all_reduce, count_parameters, flops_per_token, init_weights,
-                   peak_flops, replace_file, save_run, setup_process)
+                   load_safetensors, peak_flops, peak_memory, replace_file, save_run, setup_process)
 
 # -----------------------------------------------------------------------------
 # Muon
@@ -166,7 +163,8 @@ def validate(model, sources, T, max_tokens, rows, process, token_bytes):
             loss = model(x, y.to(process.device), reduction="sum")[1]
             y = y[y != -100]
             part += torch.tensor([loss.item(), len(y), token_bytes[y].sum().item()], dtype=torch.float64)
-        part = all_reduce(part.float().to(process.device) if process.world > 1 else part).double().cpu()
+        if process.world > 1:
+            part = all_reduce(part.to(process.device)).cpu()
         losses[f"val_loss_{name}"] = round((part[0] / part[1]).item(), 5)
         sums += part
     model.train()
@@ -295,7 +293,7 @@ def get_args(argv=None):
     add("--compile", default=None, **flag, help="torch.compile (default: on CUDA)")
     add("--graphs", default=None, **flag, help="record a step as CUDA graphs (default: one GPU, < 50M parameters)")
     # data
-    add("--data", default="bios:0.8,arithmetic:0.2", help=f"weighted mixture of {', '.join(data.CORPORA)}")
+    add("--data", default="bios:0.6,arithmetic:0.4", help=f"weighted mixture of {', '.join(data.CORPORA)}")
     add("--input", help="a local file or folder for the corpus, instead of its download")
     add("--tokenizer", help="char, a tiktoken name, a file or a folder (default: train a BPE on the data)")
     add("--vocab_size", type=int, default=1024, help="of a tokenizer trained here, beside its special tokens")
@@ -309,7 +307,7 @@ def get_args(argv=None):
         add(f"--{name}", default=None, **flag)
     add("--dropout", type=float)
     # optimization
-    add("--steps", type=int, default=1000)
+    add("--steps", type=int, default=800)
     add("--batch_tokens", type=int, default=2048, help="tokens per optimizer step over all processes")
     add("--micro_batch", type=int, default=0, help="rows per forward pass and process (0: as fits)")
     add("--optimizer", default="muon", choices=["muon", "adamw"])
@@ -378,7 +376,7 @@ def start_run(out):
 
 def report(model, tokenizer, folders, say):
     """Ask the model what its corpora can check, show a few samples, and return the metrics."""
-    metrics, prompts = {}, []
+    metrics = {}
     for name, (_, folder) in folders.items():
         for metric, rows in json.loads((folder / "checks.json").read_text()).items():
             metrics[metric], answers = data.exact_match(model, tokenizer, rows)
@@ -424,7 +422,7 @@ def main():
     if device.type == "cuda" if args.compile is None else args.compile:
         model.compile_parts()
 
-    out, step, best, history = Path(args.out), 0, math.inf, []
+    out, step, best, history = Path(args.out), 0, {"val_loss": math.inf}, []
     if args.resume:
         saved = load_optim(args.out)
         if saved["config"] != vars(config) or saved["corpus"] != corpus:
@@ -460,22 +458,24 @@ def main():
                                   "tokenizer": tokenizer.spec()})
 
     # loop
-    stop = []
+    stop = []  # signals that came
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: stop.append(True))
     model.train()
-    metrics, pending, train_seconds, tokens_per_s = {}, [], 0.0, 0.0
-    clock, first = time.time(), step
+    first, interrupted, metrics = step, False, {}
+    pending, timed, clock = [], [0, 0.0], time.time()  # steps without a line yet; steps and seconds after the first
     while True:
-        last = step >= args.steps
+        last = step == args.steps
         evaluating = last or (args.eval_every and step % args.eval_every == 0)
-        if pending and (evaluating or stop or step % args.log_every == 0 or step == first + 1):
-            # one copy from the device for all steps since the last line
-            stats = all_reduce(torch.stack([s for s, _ in pending]) / process.world).tolist()
-            seconds = (time.time() - clock) / len(pending)
-            tokens_per_s = rows * T / seconds
+        alone = process.world == 1
+        if pending and (evaluating or step % args.log_every == 0 or step == first + 1 or (alone and stop)):
+            # one copy from the device for all steps since the last line; ranks agree here on stopping
+            stats = torch.stack([s for s, _ in pending] + [torch.full((2,), float(bool(stop)), device=device)])
+            *stats, (stopped, _) = (all_reduce(stats) / process.world).tolist()
+            interrupted, seconds = stopped > 0, (time.time() - clock) / len(pending)
             if step > first + 1:  # the first step compiles
-                train_seconds += seconds * len(pending)
+                timed = [timed[0] + len(pending), timed[1] + seconds * len(pending)]
+            tokens_per_s = rows * T / seconds
             for (loss, norm), (_, line) in zip(stats, pending):
                 line.update(loss=round(loss, 5), grad_norm=round(norm, 4), tokens_per_s=round(tokens_per_s))
                 if main_process:
@@ -483,31 +483,26 @@ def main():
                 if not math.isfinite(loss):
                     raise BadInput(f"the loss is {loss} at step {line['step']} (lr {line['lr']:.2g}, gradient norm "
                                    f"{norm:.2g}): lower --lr or raise --warmup; {out} keeps its last save")
-            mfu = f"mfu {flops * tokens_per_s / process.world / peak:.1%}" if peak else \
-                f"{flops * tokens_per_s / process.world / 1e12:.3g} TFLOP/s, mfu n/a"
-            memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            left = (args.steps - step) * seconds
+            rate = flops * tokens_per_s / process.world
+            mfu = f"mfu {rate / peak:.1%}" if peak else f"{rate / 1e12:.3g} TFLOP/s, mfu n/a"
+            left = divmod(round((args.steps - step) * seconds), 60) if timed[0] else None
             say(f"step {step}/{args.steps}  loss {loss:.4f}  lr {line['lr']:.2e}  norm {norm:.2f}  "
-                f"{tokens_per_s:,.0f} tok/s  {mfu}  {memory / 2 ** 30:.2f} GiB  {left // 60:.0f}:{left % 60:02.0f} left",
-                flush=True)
-            pending = []
-            clock = time.time()
-        # every rank must take the same decision, so the ranks' signals are added up
-        interrupted = all_reduce(torch.tensor(float(bool(stop)), device=device)).item() if process.world > 1 else stop
+                f"{tokens_per_s:,.0f} tok/s  {mfu}  {peak_memory(device) / 2 ** 30:.2f} GiB"
+                + (f"  {left[0]}:{left[1]:02} left" if left else ""), flush=True)
+            pending, clock = [], time.time()
         if evaluating and not interrupted and (step > first or last):
             metrics = validate(model, val, T, args.eval_tokens, micro, process, token_bytes)
             say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
-            if metrics["val_loss"] < best:
-                best = metrics["val_loss"]
-                if args.keep == "best" and not last:
+            if metrics["val_loss"] < best["val_loss"]:
+                best = metrics
+                if args.keep == "best":
                     save(metrics)
         if last or interrupted:
             break
         if args.save_every and step % args.save_every == 0 and step > first:
             save(metrics, weights=args.keep == "last")
-        if evaluating:
-            clock = time.time()
+        if not pending:
+            clock = time.time()  # neither validation nor saving is training
 
         share = lr_share(step, args.steps, args.warmup, args.schedule)
         trainer.set_lr(share)
@@ -521,15 +516,25 @@ def main():
         step += 1
         pending.append((torch.stack((trainer.loss, trainer.norm)), {"step": step, "lr": args.lr * share}))
         trainer.loss.zero_()
-    if interrupted:
-        say(f"stopped at step {step}: saving; python train.py --resume --out {out} goes on from here")
 
-        save(metrics, weights=args.keep == "last")
-    else:
-        metrics |= report(model, tokenizer, folders, say) if main_process else {}
-        metrics |= {"best_val_loss": best, "tokens_per_s": round(tokens_per_s), "seconds": round(time.time() - started, 1)}
-        save(metrics, weights=args.keep == "last" or metrics["val_loss"] == best)
-        say(json.dumps({name: round(value, 5) for name, value in metrics.items()}))
+    # what it learned
+    save(metrics, weights=args.keep == "last")
+    if interrupted:
+        say(f"stopped at step {step} and saved: python train.py --resume --out {out} goes on from here")
+    elif main_process:
+        if args.keep == "best":
+            metrics = best
+            model.load_state_dict(load_safetensors(out / "model.safetensors"))
+        metrics = metrics | report(model, tokenizer, folders, say)
+        if timed[0]:
+            tokens_per_s = timed[0] * rows * T / timed[1]
+            metrics |= {"tokens_per_s": round(tokens_per_s), "peak_memory": peak_memory(device)}
+            metrics |= {"mfu": flops * tokens_per_s / process.world / peak} if peak else {}
+        metrics |= {"seconds": round(time.time() - started, 1)}
+        metrics = {name: round(value, 5) for name, value in metrics.items()}
+        save_run(out, model, {"stage": "train", "step": step, "metrics": metrics, "args": vars(args),
+                              "tokenizer": tokenizer.spec()})
+        print(json.dumps(metrics))
     if process.world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import shutil
+import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -114,8 +115,9 @@ def _encode(name, split, tokenizer, input, count):
 
 
 def _fingerprint(name, input):
-    """What a prepared corpus was made from: the module's code and the input's size and time."""
-    made = {"corpus": name, "code": hashlib.sha256(Path(__file__).with_name(f"{name}.py").read_bytes()).hexdigest()}
+    """What a prepared corpus was made from: this folder's code, Python (for stdlib), the input's size and time."""
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    made = {"corpus": name, "code": hashlib.sha256(code).hexdigest(), "python": sys.version}
     if input is not None and Path(input).exists():
         files = sorted(p for p in Path(input).rglob("*") if p.is_file()) if Path(input).is_dir() else [Path(input)]
         stats = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]

@@ -219,6 +219,11 @@ def test_cached_steps_equal_the_full_forward(model):
     parts = [model(idx[:, a:b], cache=cache)[0] for a, b in ((0, 10), (10, 11), (11, 17), (17, 18), (18, 24))]
     assert torch.allclose(torch.cat(parts, 1), full, atol=1e-5)
     assert cache.pos.tolist() == [24] * 3
+    cache.drop(20)
+    assert torch.allclose(model(idx[:, 4:], cache=cache)[0], full[:, 4:], atol=1e-5)
+    small = KVCache(model.config, 3, 16)
+    with pytest.raises(BadInput, match="16 left"):
+        model(idx, cache=small)
 
 
 def test_dropping_tokens_from_the_cache_is_as_if_they_were_never_there(model):
@@ -463,7 +468,6 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_loadable_run(tmp_path):
         child.stdout.readline()
         while not (out / "run.json").exists():
             pass
-        torch.utils.data.get_worker_info()  # any small delay
         try:
             child.wait(0.02 + 0.013 * i)
         except subprocess.TimeoutExpired:

@@ -289,8 +289,8 @@ def test_an_empty_text_and_a_damaged_checkpoint_are_refused(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_rate_and_norm(tmp_path):
-    out = run(*SMALL, "--steps", 50, "--optimizer", "adamw", "--lr", "1e30", "--grad_clip", 0, "--out", tmp_path / "run",
-              check=2)
+    out = run(*SMALL, "--steps", 50, "--optimizer", "adamw", "--lr", "1e30", "--grad_clip", 0,
+              "--out", tmp_path / "run", check=2)
     assert "at step" in out and "lr" in out and "gradient norm" in out
 
 

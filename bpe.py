@@ -22,6 +22,7 @@ import argparse
 import base64
 import binascii
 import codecs
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -68,6 +69,27 @@ def cli(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def replace_file(path, mode="wb"):
+    """Write beside `path`, then take its place: a crash leaves the old file or the new, never half."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise BadInput(f"{path} could not be written ({error.strerror}): free some space or name "
+                       "another folder; what was saved before is untouched") from error
+    finally:
+        with contextlib.suppress(OSError):  # mostly: it has taken its place and is no longer here
+            partial.unlink()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -507,13 +529,15 @@ class Tokenizer:
 
     def save(self, dir):
         Path(dir).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(dir) / "tokenizer.tiktoken", format_ranks(self.ranks))
+        with replace_file(Path(dir) / "tokenizer.tiktoken") as file:
+            file.write(format_ranks(self.ranks))
 
     def export(self, dir):
         """Writes tokenizer.json, which Hugging Face tokenizers reads."""
         data = json.dumps(to_hugging_face(self), ensure_ascii=False, indent=1)
         Path(dir).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(dir) / "tokenizer.json", data.encode())
+        with replace_file(Path(dir) / "tokenizer.json") as file:
+            file.write(data.encode())
 
     @classmethod
     def from_spec(cls, spec, ranks_path):
@@ -824,19 +848,6 @@ def to_hugging_face(tokenizer):
     }
 
 
-def write_atomically(path, data):
-    """A reader sees the old file or the new one, never half of one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 # ------------------------------------------------------------------------------------------------
 # The command line
 
@@ -909,7 +920,8 @@ def train(args):
     if args.kind == "bpe":
         tokenizer.export(args.out)
     meta = {"tokenizer": tokenizer.spec(), "source": [str(file) for file in args.files]}
-    write_atomically(Path(args.out) / "meta.json", json.dumps(meta, indent=1).encode())
+    with replace_file(Path(args.out) / "meta.json", "w") as file:
+        json.dump(meta, file, indent=1)
     print(f"{args.out}: {tokenizer.n_vocab} tokens, {len(tokenizer.special)} of them special, "
           f"in {time.perf_counter() - start:.1f} s")
     if args.kind == "bpe":

@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bpe import BadInput, cli
+from bpe import BadInput, cli, replace_file
 
 # -----------------------------------------------------------------------------
 # Config
@@ -783,29 +783,11 @@ def adamw_groups(model, weight_decay):
 
 
 # -----------------------------------------------------------------------------
-# Files: safetensors (8 bytes of header length, JSON header, raw little-endian tensors), atomic replacement
+# Files: safetensors (8 bytes of header length, JSON header, raw little-endian tensors)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-
-
-@contextlib.contextmanager
-def replace_file(path, mode="wb"):
-    """Write beside `path`, then take its place at once: a crash leaves the old file or the new one, never half."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, mode) as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BadInput(f"{path} could not be written ({error.strerror}): free some space or choose another --out; "
-                       f"what was saved before is untouched") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_safetensors(tensors, path, metadata=None):

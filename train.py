@@ -25,9 +25,9 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from bpe import BadInput, cli
+from bpe import BadInput, cli, replace_file
 from model import (GPT, GPTConfig, PRESETS, adamw_groups, all_reduce, count_parameters, flops_per_token, init_weights,
-                   load_safetensors, peak_flops, peak_memory, replace_file, save_run, setup_process)
+                   load_safetensors, peak_flops, peak_memory, save_run, setup_process)
 
 # -----------------------------------------------------------------------------
 # Muon

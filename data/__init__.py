@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bpe import BadInput, Tokenizer
+from bpe import BadInput, Tokenizer, replace_file
 
 CORPORA = ("bios", "arithmetic", "shakespeare", "text", "stdlib")
 MAGIC = 20240520  # of the public fineweb shards: header[0]; header[1] version, header[2] number of tokens
@@ -33,23 +33,16 @@ TOKENIZER_CHARS = 100_000_000  # a tokenizer is trained on at most this much of 
 def write_tokens(path, arrays, n_vocab):
     """Stream arrays of ids into one file, atomically; returns the number of tokens."""
     dtype = np.uint16 if n_vocab <= 2 ** 16 else np.uint32
-    path, count = Path(path), 0
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(bytes(1024))
-            for ids in arrays:
-                f.write(np.asarray(ids).astype(dtype).tobytes())
-                count += len(ids)
-            header = np.zeros(256, dtype=np.int32)
-            header[:3] = MAGIC, 1 if dtype == np.uint16 else 2, count if count < 2 ** 31 else -1
-            f.seek(0)
-            f.write(header.tobytes())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BadInput(f"{path} could not be written ({error.strerror}): free some space on that disk") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    count = 0
+    with replace_file(path) as f:
+        f.write(bytes(1024))
+        for ids in arrays:
+            f.write(np.asarray(ids).astype(dtype).tobytes())
+            count += len(ids)
+        header = np.zeros(256, dtype=np.int32)
+        header[:3] = MAGIC, 1 if dtype == np.uint16 else 2, count if count < 2 ** 31 else -1
+        f.seek(0)
+        f.write(header.tobytes())
     return count
 
 

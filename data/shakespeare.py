@@ -9,14 +9,13 @@ first 1,003,854 for training, the last 111,540 for validation, one document each
 """
 
 import hashlib
-import os
 import sys
 import time
 from pathlib import Path
 
 import requests
 
-from bpe import BadInput
+from bpe import BadInput, replace_file
 from data import text
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -44,16 +43,8 @@ def download(url, path):
             reason = type(error).__name__
     else:
         raise BadInput(f"{url} could not be had ({reason}): put the file at {path} or give --input FILE.")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            unfinished.write_bytes(answer.content)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise BadInput(f"{path} cannot be written ({error}): give --input FILE.") from None
+    with replace_file(path) as file:
+        file.write(answer.content)
 
 
 def documents(split, input=None):

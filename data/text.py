@@ -24,7 +24,7 @@ import sys
 import zlib
 from pathlib import Path
 
-from bpe import BadInput
+from bpe import BadInput, replace_file
 
 LIMIT = 2**16  # characters in one piece of a document, and bytes in one read
 UNPACK = {".gz": gzip.open, ".xz": lzma.open}
@@ -271,17 +271,8 @@ def checks(input=None):
 
 def write_jsonl(path, rows):
     """One JSON object a line. The file appears whole or not at all; raises BadInput."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")  # hidden: never read as a split
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out: {path} cannot be written ({error}); name another folder.") from None
+    with replace_file(path, "w") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_checks(path, checks):

@@ -11,7 +11,7 @@ from conftest import ROOT, need
 from hypothesis import given, settings, strategies as st
 
 import bpe
-from bpe import DIGIT, PATTERNS, SPECIAL, BadInput, StreamDecoder, Tokenizer
+from bpe import DIGIT, PATTERNS, BadInput, StreamDecoder, Tokenizer
 
 TEXT = ("It's a far, far better thing that I do, than I have ever done; it is a far, far\n"
         "better rest that I go to than I have ever known. 1859, 12 months, 3 cities.\n") * 3

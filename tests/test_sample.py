@@ -60,7 +60,8 @@ def test_several_samples_are_those_of_the_seeds_alone(run_dir):
 
 @pytest.mark.parametrize("args, word", [
     (["--init", "nowhere"], "nowhere"), (["--temperature", "-1"], "--temperature"), (["--top_p", "0"], "--top_p"),
-    (["--top_k", "0"], "--top_k"), (["--prompt", "the cat sat " * 40], "context"), (["--prompt", "@missing"], "missing")])
+    (["--top_k", "0"], "--top_k"), (["--prompt", "the cat sat " * 40], "context"),
+    (["--prompt", "@missing"], "missing")])
 def test_bad_input_is_one_sentence_and_status_two(run_dir, args, word):
     done = sample("--init", run_dir, "--prompt", "the", *args, check=2)
     assert done.stderr.splitlines()[-1].startswith("sample.py: error: ") and word in done.stderr

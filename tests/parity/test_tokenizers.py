@@ -10,7 +10,7 @@ from conftest import need, package
 from hypothesis import given, settings, strategies as st
 
 import bpe
-from bpe import DIGIT, PATTERNS, Tokenizer
+from bpe import PATTERNS, Tokenizer
 
 NAMES = ["gpt2", "cl100k_base", "o200k_base"]
 TEXT = ("It's a far, far better thing that I do; it'll be 1859, or 12 months, in 3 cities.\n"

@@ -85,8 +85,8 @@ def replace_file(path, mode="wb"):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise BadInput(f"{path} could not be written ({error.strerror}): free some space or name "
-                       "another folder; what was saved before is untouched") from error
+        raise BadInput(f"{path} could not be written ({error.strerror}): free some space or give "
+                       "another --out; what was saved before is untouched") from error
     finally:
         with contextlib.suppress(OSError):  # mostly: it has taken its place and is no longer here
             partial.unlink()

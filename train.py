@@ -422,7 +422,7 @@ def main():
     if device.type == "cuda" if args.compile is None else args.compile:
         model.compile_parts()
 
-    out, step, best, history = Path(args.out), 0, {"val_loss": math.inf}, []
+    out, step, best = Path(args.out), 0, {"val_loss": math.inf}
     if args.resume:
         saved = load_optim(args.out)
         if saved["config"] != vars(config) or saved["corpus"] != corpus:
@@ -431,14 +431,14 @@ def main():
         trainer.load_state_dict(saved)
         step, best = saved["step"], saved["best"]
     if main_process:
-        if args.resume:
-            lines = (out / "log.jsonl").read_text().splitlines()
-            history = [line for line in lines if json.loads(line)["step"] <= step]
+        if args.resume:  # the log goes back to the step that was saved
+            lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+            with replace_file(out / "log.jsonl", "w") as f:
+                f.writelines(lines[:step])
         else:
             start_run(out)
             tokenizer.save(out)
-        log = open(out / "log.jsonl", "w")
-        log.writelines(line + "\n" for line in history)
+        log = open(out / "log.jsonl", "a")
     flops, peak = flops_per_token(model, T), peak_flops(device)
     say(f"{total / 1e6:.2f}M parameters, {matmul / 1e6:.2f}M in matrix products; {rows} rows x {T} tokens a step in "
         f"{accumulate} x {process.world} micro-batches; {device}, {args.dtype}, {args.optimizer}\n"
@@ -465,7 +465,7 @@ def main():
     first, interrupted, metrics = step, False, {}
     pending, timed, clock = [], [0, 0.0], time.time()  # steps without a line yet; steps and seconds after the first
     while True:
-        last = step == args.steps
+        last = step >= args.steps
         evaluating = last or (args.eval_every and step % args.eval_every == 0)
         alone = process.world == 1
         if pending and (evaluating or step % args.log_every == 0 or step == first + 1 or (alone and stop)):

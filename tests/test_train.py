@@ -227,8 +227,11 @@ def test_two_processes_equal_one(tmp_path):
     one, two = (json.loads((tmp_path / n / "run.json").read_text())["metrics"] for n in ("one", "two"))
     assert one["val_loss"] == pytest.approx(two["val_loss"], abs=1e-4)
     # and a run of two goes on as one
+    with open(tmp_path / "two" / "log.jsonl", "a") as log:
+        log.write('{"step": 9, "lo')  # a line that a crash cut short
     run("--resume", "--out", tmp_path / "two", "--steps", 10)
     assert len(losses(tmp_path / "two")) == 10
+    assert "val_loss" in run("--resume", "--out", tmp_path / "two", "--steps", 5)  # nothing left to do
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])

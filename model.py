@@ -506,22 +506,24 @@ class GPT(nn.Module):
 
         training = self.training
         self.eval()
-        for step in range(max_new_tokens):
-            full = longest > T
-            if step == 0 or full:
-                rows = [row[-(T // 2):] for row in history()] if full else ids
-                longest = max(map(len, rows))
-                d.prefill(rows)
-                d.choose(pick and pick(d.logits, history()))
-            elif pick is not None:
-                d.advance()
-                d.choose(pick(d.logits, history()))
-            else:
-                d.step()
-            recent.append(d.token.clone())
-            longest += 1
-            yield recent[-1], d.logprob.clone()
-        self.train(training)
+        try:
+            for step in range(max_new_tokens):
+                full = longest > T
+                if step == 0 or full:
+                    rows = [row[-(T // 2):] for row in history()] if full else ids
+                    longest = max(map(len, rows))
+                    d.prefill(rows)
+                    d.choose(pick and pick(d.logits, history()))
+                elif pick is not None:
+                    d.advance()
+                    d.choose(pick(d.logits, history()))
+                else:
+                    d.step()
+                recent.append(d.token.clone())
+                longest += 1
+                yield recent[-1], d.logprob.clone()
+        finally:  # also where the caller stops listening
+            self.train(training)
 
     def decoder(self, batch, size, sampling, compile):
         """The Decoder of this shape; on CUDA the last one is kept, because recording its graph takes a while."""

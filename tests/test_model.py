@@ -280,6 +280,13 @@ def test_generation_stops_before_a_stop_token_and_rows_stop_alone():
     assert [len(r) for r in got] == [len(r) for r in logp]
 
 
+def test_generation_leaves_the_training_mode_as_it_was_even_when_it_ends_early():
+    model = make().train()
+    stop = model.generate([[1, 2]], 3, temperature=0)[0][0][0]
+    assert model.training and model.generate([[1, 2]], 50, temperature=0, stop=[stop])[0] == [[]]
+    assert model.training
+
+
 def test_pick_replaces_the_choice_and_sees_the_ids_so_far():
     model, seen = make(), []
 

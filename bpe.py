@@ -73,7 +73,7 @@ def cli(main):
 
 @contextlib.contextmanager
 def replace_file(path, mode="wb"):
-    """Write beside `path`, then take its place: a crash leaves the old file or the new, never half."""
+    """Write beside `path`, then take its place: a crash leaves the old file or the new one whole."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}

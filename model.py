@@ -44,64 +44,158 @@ class GPTConfig:
     n_embd: int = 128            # width C of the residual stream
     head_dim: int = 0            # 0: n_embd / n_head
     n_hidden: int = 0            # MLP width; 0: 4 C, or 8/3 C rounded up to 64 for a gated MLP
+    # layers
     norm: str = "layernorm_plain"  # see NORMS
     norm_eps: float = 1e-5
+    place: str = "pre"           # where the norms stand, see Block: pre | post | sandwich | deepnorm | parallel | parallel2
     act: str = "relu2"           # see ACTIVATIONS
-    pos: str = "rope"            # learned | rope | none
-    rope_theta: float = 10000.0
+    attn: str = "full"           # who sees whom, a layer: full | window | strided, or a cycle such as full,window
+    window: int = 0              # of window and strided, see visible
     qk_norm: bool = True         # normalize queries and keys per head (Henry et al. 2020)
+    attn_scale: float = 0.0      # of q kᵀ; 0: 1 / sqrt(head_dim)
+    prefix_lm: bool = False      # the prompt's tokens see each other (UniLM, T5, ChatGLM): see forward's prefix
+    share: int = 1               # layers in a row that use one block; n_layer: ALBERT (Lan et al. 2020)
+    resid_scale: float = 1.0     # x + resid_scale · f(x)
+    resid_mix: bool = False      # before block l: x ← λ_l x + μ_l x_0, λ and μ learned, from 1 and 0
+    # positions
+    pos: str = "rope"            # learned | sinusoidal | rope | alibi | t5 | none
+    rope_theta: float = 10000.0
+    rope_dim: int = 0            # leading entries of a head that rotate; 0: all
+    rope_scaling: str = "none"   # none | linear | ntk | yarn | llama3: longer contexts, see rope_frequencies
+    rope_factor: float = 1.0     # the new context over the old
+    rope_original: int = 0       # the old context
+    rope_low: float = 1.0        # turns in the old context below which a pair is interpolated (yarn's beta_slow)
+    rope_high: float = 0.0       # and above which it is left alone; 0: 32 (yarn's beta_fast), 4 (llama3)
+    rope_attn: float = 0.0       # factor on cos and sin; 0: 0.1 ln(rope_factor) + 1 with yarn, else 1
+    alibi_scale: float = 1.0     # Falcon divides the bias by sqrt(head_dim) too
+    # embedding and head
     embd_norm: bool = True       # normalize the token embedding before the first block
-    bias: bool = False           # in every Linear and LayerNorm
+    embd_dim: int = 0            # width of the embedding table; 0: C; less: factorized (ALBERT), with matrices to C and back
+    embd_scale: float = 1.0      # of the token embedding; sqrt(C) in Vaswani et al. and Gemma
     tied: bool = False           # head shares the token embedding's matrix
+    logit_scale: float = 1.0
+    softcap: float = 0.0         # logits ← cap · tanh(logits / cap) (Gemma 2); 0: none
+    bias: bool = False           # in every Linear of the blocks and every LayerNorm, unless one of these says otherwise
+    qkv_bias: bool | None = None
+    mlp_bias: bool | None = None
+    norm_bias: bool | None = None
     dropout: float = 0.0
     init: str = "zero"           # see INIT
     scalar_head: bool = False    # adds a Linear C → 1: reward and value models
 
     def __post_init__(self):
-        self.n_kv_head = self.n_kv_head or self.n_head
-        for name, table in (("norm", NORMS), ("act", ACTIVATIONS), ("init", INIT)):
-            if getattr(self, name) not in table:
-                raise BadInput(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(table)}")
-        if self.pos not in ("learned", "rope", "none"):
-            raise BadInput(f"pos={self.pos!r} is unknown: choose one of learned, rope, none")
+        def refuse(problem, *way_out):
+            raise BadInput(": ".join((problem, *way_out)))
+        for name, table in CHOICES.items():
+            for value in getattr(self, name).split(",") if name == "attn" else [getattr(self, name)]:
+                if value not in table:
+                    refuse(f"{name}={value!r} is unknown", f"choose one of {', '.join(table)}")
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "share"):
+            if getattr(self, name) < 1:
+                refuse(f"{name}={getattr(self, name)}", "it must be at least 1")
         if not self.head_dim:
             if self.n_embd % self.n_head:
-                raise BadInput(f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
+                refuse(f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
             self.head_dim = self.n_embd // self.n_head
+        self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_head % self.n_kv_head:
-            raise BadInput(f"--n_head {self.n_head} is not a multiple of --n_kv_head {self.n_kv_head}")
-        if self.pos == "rope" and self.head_dim % 2:
-            raise BadInput(f"rope rotates pairs: a head needs an even width, not {self.head_dim}")
+            refuse(f"--n_head {self.n_head} is not a multiple of --n_kv_head {self.n_kv_head}")
+        if self.n_layer % self.share:
+            refuse(f"--share {self.share} layers a block does not divide --n_layer {self.n_layer}")
         if not self.n_hidden:
             gated = self.act in GATED
             self.n_hidden = 64 * math.ceil(8 * self.n_embd / 3 / 64) if gated else 4 * self.n_embd
+        self.embd_dim = self.embd_dim or self.n_embd
+        self.rope_dim = self.rope_dim or self.head_dim
+        if self.pos == "rope" and (self.rope_dim % 2 or self.rope_dim > self.head_dim):
+            refuse(f"rope rotates pairs of a head's {self.head_dim} entries, not {self.rope_dim}: an even number up "
+                   f"to the head's width, please")
+        if self.pos == "sinusoidal" and self.embd_dim % 2:
+            refuse(f"sinusoidal positions come in pairs, the embedding's width {self.embd_dim} is odd")
+        if self.rope_scaling != "none" and (self.pos != "rope" or self.rope_factor < 1):
+            refuse(f"rope_scaling={self.rope_scaling} needs pos=rope and a rope_factor of at least 1, "
+                   f"not pos={self.pos} and {self.rope_factor}")
+        if self.rope_scaling in ("yarn", "llama3") and not self.rope_original:
+            refuse(f"rope_scaling={self.rope_scaling} needs rope_original, the context before the stretch")
+        self.rope_high = self.rope_high or {"yarn": 32.0, "llama3": 4.0}.get(self.rope_scaling, 0.0)
+        if self.attn != "full" and self.window < 1:
+            refuse(f"attn={self.attn} needs --window, the number of tokens that a window holds")
+        if len(self.attn.split(",")) > self.n_layer:
+            refuse(f"attn={self.attn} names more layers than n_layer {self.n_layer}")
+        if self.place == "deepnorm" and self.init != "deepnorm":
+            refuse("place=deepnorm is stable only from its own initial weights", "add --init deepnorm")
+        if self.norm_bias and self.norm != "layernorm":
+            refuse(f"norm={self.norm} has no bias", "leave norm_bias out, or take norm=layernorm")
+        if not 0 <= self.dropout < 1:
+            refuse(f"--dropout {self.dropout} is not a probability below 1")
+        self.norm_bias = self.norm == "layernorm" and (self.bias if self.norm_bias is None else self.norm_bias)
+        self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
+        self.mlp_bias = self.bias if self.mlp_bias is None else self.mlp_bias
 
     @property
     def padded_vocab(self):
         return 64 * math.ceil(self.vocab_size / 64)
 
+    @property
+    def attn_kinds(self):
+        """The kind of attention of each layer."""
+        cycle = self.attn.split(",")
+        return [cycle[i % len(cycle)] for i in range(self.n_layer)]
 
-# What GPT-2 and LLaMA fix beside their sizes.
-GPT2 = dict(vocab_size=50257, block_size=1024, norm="layernorm", act="gelu_tanh", pos="learned", qk_norm=False,
-            embd_norm=False, bias=True, tied=True, init="gpt2")
+
+# What families fix beside their sizes.
+GPT1 = dict(vocab_size=40478, block_size=512, norm="layernorm", place="post", act="gelu_tanh", pos="learned",
+            qk_norm=False, embd_norm=False, bias=True, tied=True, init="gpt2")
+GPT2 = dict(GPT1, vocab_size=50257, block_size=1024, place="pre")
+# Every other layer is sparse (Brown et al. 2020, 2.1). How wide the band is was not published; 128 is the stride of
+# Child et al. 2019. XL and 13B: the paper's table has 24 heads of 128 in a width of 2048, and a width of 5140 for
+# 40 heads of 128; 16 heads and 5120 give the published totals.
+GPT3 = dict(GPT2, block_size=2048, attn="full,strided", window=128)
 LLAMA = dict(norm="rmsnorm", act="swiglu", pos="rope", qk_norm=False, embd_norm=False, init="gpt2")
+LLAMA1 = dict(LLAMA, vocab_size=32000, block_size=2048, norm_eps=1e-6)
+QWEN2 = dict(LLAMA, qkv_bias=True, norm_eps=1e-6, rope_theta=1e6)
+FALCON = dict(GPT2, place="parallel", act="gelu", pos="rope", bias=False, norm_bias=True)
+BLOOM = dict(GPT2, pos="alibi", embd_norm=True)
 
 PRESETS = {
     "nano": dict(),
+    "gpt1": dict(GPT1, n_layer=12, n_head=12, n_embd=768),
     "gpt2": dict(GPT2, n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(GPT2, n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(GPT2, n_layer=36, n_head=20, n_embd=1280),
     "gpt2-xl": dict(GPT2, n_layer=48, n_head=25, n_embd=1600),
-    "llama-7b": dict(LLAMA, vocab_size=32000, block_size=2048, n_layer=32, n_head=32, n_embd=4096,
-                     n_hidden=11008, norm_eps=1e-6),
+    "gpt3-small": dict(GPT3, n_layer=12, n_head=12, n_embd=768),
+    "gpt3-medium": dict(GPT3, n_layer=24, n_head=16, n_embd=1024),
+    "gpt3-large": dict(GPT3, n_layer=24, n_head=16, n_embd=1536),
+    "gpt3-xl": dict(GPT3, n_layer=24, n_head=16, n_embd=2048),
+    "gpt3-2.7b": dict(GPT3, n_layer=32, n_head=32, n_embd=2560),
+    "gpt3-6.7b": dict(GPT3, n_layer=32, n_head=32, n_embd=4096),
+    "gpt3-13b": dict(GPT3, n_layer=40, n_head=40, n_embd=5120),
+    "gpt3-175b": dict(GPT3, n_layer=96, n_head=96, n_embd=12288),
+    "llama-7b": dict(LLAMA1, n_layer=32, n_head=32, n_embd=4096, n_hidden=11008),
+    "llama-13b": dict(LLAMA1, n_layer=40, n_head=40, n_embd=5120, n_hidden=13824),
+    "llama-30b": dict(LLAMA1, n_layer=60, n_head=52, n_embd=6656, n_hidden=17920),
+    "llama-65b": dict(LLAMA1, n_layer=80, n_head=64, n_embd=8192, n_hidden=22016),
+    "llama3-8b": dict(LLAMA, vocab_size=128256, block_size=8192, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096,
+                      n_hidden=14336, rope_theta=5e5),
     "tinyllama-1.1b": dict(LLAMA, vocab_size=32000, block_size=2048, n_layer=22, n_head=32, n_kv_head=4,
                            n_embd=2048, n_hidden=5632),
     "smollm2-135m": dict(LLAMA, vocab_size=49152, block_size=8192, n_layer=30, n_head=9, n_kv_head=3,
                          n_embd=576, n_hidden=1536, rope_theta=1e5, tied=True),
+    "mistral-7b": dict(LLAMA, vocab_size=32000, block_size=32768, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096,
+                       n_hidden=14336, attn="window", window=4096),
+    "qwen2.5-0.5b": dict(QWEN2, vocab_size=151936, block_size=32768, n_layer=24, n_head=14, n_kv_head=2, n_embd=896,
+                         n_hidden=4864, tied=True),
+    "qwen3-0.6b": dict(LLAMA, vocab_size=151936, block_size=40960, n_layer=28, n_head=16, n_kv_head=8, n_embd=1024,
+                       head_dim=128, n_hidden=3072, norm_eps=1e-6, rope_theta=1e6, qk_norm=True, tied=True),
+    "chatglm2-6b": dict(QWEN2, vocab_size=65024, block_size=32768, n_layer=28, n_head=32, n_kv_head=2, n_embd=4096,
+                        n_hidden=13696, norm_eps=1e-5, rope_theta=1e4, rope_dim=64),
+    "falcon-7b": dict(FALCON, vocab_size=65024, block_size=2048, n_layer=32, n_head=71, n_kv_head=1, n_embd=4544),
+    "bloom-176b": dict(BLOOM, vocab_size=250880, block_size=2048, n_layer=70, n_head=112, n_embd=14336),
 }
 
 # -----------------------------------------------------------------------------
-# Blocks
+# Norms and activations
 
 
 class Linear(nn.Linear):
@@ -115,12 +209,13 @@ class Linear(nn.Linear):
 class Norm(nn.Module):
     """Normalize the last axis, then scale by a gain and shift by a bias where the kind has them."""
 
-    def __init__(self, kind, width, eps, bias=False):
+    def __init__(self, c, width=0, bias=True):
         super().__init__()
-        self.normalize, gain = NORMS[kind]
-        self.eps = eps
+        self.normalize, gain = NORMS[c.norm]
+        self.eps = c.norm_eps
+        width = width or c.n_embd
         self.weight = nn.Parameter(torch.empty(width)) if gain else None
-        self.bias = nn.Parameter(torch.empty(width)) if gain and bias else None
+        self.bias = nn.Parameter(torch.empty(width)) if c.norm_bias and bias else None
 
     def forward(self, x):
         weight, bias = (p if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
@@ -141,33 +236,147 @@ def rms_norm(x, weight, bias, eps):
 NORMS = {"layernorm": (layer_norm, True), "layernorm_plain": (layer_norm, False),
          "rmsnorm": (rms_norm, True), "rmsnorm_plain": (rms_norm, False)}
 
-# act(up) for a plain MLP; act(gate) * up for the gated ones (Shazeer 2020).
-ACTIVATIONS = {
+gelu_tanh = functools.partial(F.gelu, approximate="tanh")  # GPT's: x/2 (1 + tanh(sqrt(2/π) (x + 0.044715 x³)))
+ACTIVATIONS = {  # act(up)
     "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),  # GPT-2's
-    "silu": F.silu,
-    "relu2": lambda x: F.relu(x).square(),                       # Primer, So et al. 2021
-    "swiglu": F.silu,
-    "geglu": functools.partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,                         # x Φ(x)
+    "gelu_tanh": gelu_tanh,
+    "silu": F.silu,                         # x σ(x), Swish
+    "relu2": lambda x: F.relu(x).square(),  # Primer, So et al. 2021
 }
-GATED = ("swiglu", "geglu")
+GATED = {  # act(gate) * up (Shazeer 2020)
+    "glu": torch.sigmoid,
+    "bilinear": nn.Identity(),
+    "reglu": F.relu,
+    "geglu": F.gelu,
+    "geglu_tanh": gelu_tanh,
+    "swiglu": F.silu,
+}
+
+# -----------------------------------------------------------------------------
+# Positions
 
 
-def rope_table(head_dim, block_size, theta):
+def rope_frequencies(c):
     """
-    RoFormer's angles t · theta^(-2i/D) (Su et al. 2021, eq. 15) as the two factors of apply_rope: (cos, cos) and
-    (-sin, sin), stacked (2, T, D) float32.
+    RoFormer's angle a token turns, theta^(-2i/D) for pair i (Su et al. 2021, eq. 15), (D/2,) float32; and
+    the stretches of a trained context to rope_factor times its length, with r = turns in the old context:
+    linear: every angle / factor (Chen et al. 2023). ntk: theta · factor^(D/(D-2)), so that the slowest pair turns
+    1 / factor as fast and the fastest almost as before. yarn, llama3: / factor where r < low, unchanged where r > high,
+    and in between a mixture linear in the pair's number (Peng et al. 2023, 3.2) or in r (Llama 3.1).
     """
-    inv_freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angles = torch.outer(torch.arange(block_size, dtype=torch.float32), inv_freq)
-    cos, sin = angles.cos(), angles.sin()
+    D, theta, low, high = c.rope_dim, c.rope_theta, c.rope_low, c.rope_high
+    if c.rope_scaling == "ntk":
+        theta *= c.rope_factor ** (D / (D - 2))
+    freq = theta ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
+    if c.rope_scaling == "linear":
+        return freq / c.rope_factor
+    if c.rope_scaling == "llama3":
+        keep = ((c.rope_original * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    elif c.rope_scaling == "yarn":
+        first, last = (D * math.log(c.rope_original / (r * 2 * math.pi)) / (2 * math.log(theta)) for r in (high, low))
+        first, last = max(math.floor(first), 0), min(math.ceil(last), D - 1)  # pairs that turn `high`, `low` times
+        keep = 1 - ((torch.arange(D // 2) - first) / max(last - first, 0.001)).clamp(0, 1)
+    else:
+        return freq
+    return freq / c.rope_factor * (1 - keep) + freq * keep
+
+
+def rope_table(c):
+    """The two factors of apply_rope for every position: (cos, cos) and (-sin, sin), stacked (2, T, D) float32."""
+    angles = torch.outer(torch.arange(c.block_size, dtype=torch.float32), rope_frequencies(c))
+    gain = c.rope_attn or (0.1 * math.log(c.rope_factor) + 1 if c.rope_scaling == "yarn" else 1.0)
+    cos, sin = angles.cos() * gain, angles.sin() * gain
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
 
 
 def apply_rope(x, rope):
-    """Rotate each pair (x_i, x_{i + D/2}) of x (B, T, H, D) by its angle; rope (2, [B,] T, 1, D)."""
-    return x * rope[0] + x.roll(x.shape[-1] // 2, -1) * rope[1]
+    """Rotate each pair (x_i, x_{i + D/2}) of the first D entries of x (B, T, H, ≥ D) by its angle; rope (2, [B,] T, 1, D)."""
+    D = rope.shape[-1]
+    if D < x.shape[-1]:
+        return torch.cat((apply_rope(x[..., :D], rope), x[..., D:]), -1)
+    return x * rope[0] + x.roll(D // 2, -1) * rope[1]
+
+
+def sinusoid_table(c):
+    """sin(t / 10000^(2i/C)) at even entries, cos at odd ones (Vaswani et al. 2017, 3.5), (T, C) float32."""
+    freq = 10000 ** (-torch.arange(0, c.embd_dim, 2, dtype=torch.float32) / c.embd_dim)
+    angles = torch.outer(torch.arange(c.block_size, dtype=torch.float32), freq)
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)
+
+
+def alibi_slopes(n_head):
+    """
+    m_h of the bias -m_h (i - j) (Press et al. 2022): 2^(-8h/H), h = 1 … H; where H is no power of two, those of the
+    power below and then every other one of the power above. (H,) float32.
+    """
+    power = 2 ** math.floor(math.log2(n_head))
+    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
+    return torch.tensor(slopes + [2 ** (-4 * h / power) for h in range(1, 2 * (n_head - power), 2)])
+
+
+def t5_bucket(distance, buckets=32, limit=128):
+    """T5's bucket of i - j ≥ 0 (Raffel et al. 2020): one for each up to half the buckets, then logarithmic to limit."""
+    exact = buckets // 2
+    far = (distance.clamp(min=1).float() / exact).log() / math.log(limit / exact) * (buckets - exact)
+    return torch.where(distance < exact, distance, (exact + far.long()).clamp(max=buckets - 1)).clamp(min=0)
+
+
+# -----------------------------------------------------------------------------
+# Attention
+
+
+def visible(kind, window, i, j):
+    """
+    May the query at place i see the key at place j? i and j broadcast. full: j ≤ i. window: the last `window` tokens,
+    itself among them (Mistral). strided: those and each `window`-th before (Child et al. 2019, 4.2).
+    """
+    if kind == "full":
+        return j <= i
+    near = i - j < window
+    return (j <= i) & (near if kind == "window" else near | ((i - j) % window == 0))
+
+
+def flash_attention(q, k, v, block=64):
+    """
+    softmax(q kᵀ / sqrt(D)) v with a causal mask, never holding more than block x block scores: FlashAttention's
+    forward pass (Dao 2023, algorithm 1), to read beside the kernel that does it on a GPU's fast memory. A running
+    maximum m and a running sum l make the softmax of a row exact over blocks of keys: when a block brings a larger
+    maximum, what has been summed so far is scaled down by exp(old - new). q, k, v (B, H, T, D).
+    """
+    T, scale = q.shape[2], q.shape[3] ** -0.5
+    rows = []
+    for a in range(0, T, block):
+        qi, i = q[:, :, a:a + block] * scale, torch.arange(a, min(a + block, T))
+        out, total = torch.zeros_like(qi), torch.zeros_like(qi[..., :1])
+        top = torch.full_like(total, -math.inf)
+        for b in range(0, a + block, block):  # later keys are masked for all of these queries
+            kj, vj, j = k[:, :, b:b + block], v[:, :, b:b + block], torch.arange(b, min(b + block, T))
+            scores = (qi @ kj.transpose(-1, -2)).masked_fill(j > i[:, None], -math.inf)
+            new = torch.maximum(top, scores.amax(-1, keepdim=True))
+            p, old = (scores - new).exp(), (top - new).exp()
+            out, total, top = out * old + p @ vj, total * old + p.sum(-1, keepdim=True), new
+        rows.append(out / total)
+    return torch.cat(rows, 2)
+
+
+@functools.cache
+def flex():
+    """flex_attention and its block mask, compiled: masks and biases on a GPU without a (T, T) tensor."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
+
+
+def attend(q, k, v, view, scale, dropout):
+    """
+    softmax(scale · q kᵀ + bias) v; q (B, H, T, D), k and v (B, Hkv, S, D). view: None for the plain causal mask, a
+    tensor that broadcasts to (B, H, T, S), bool or additive, or flex_attention's (score_mod, block_mask).
+    """
+    gqa = q.shape[1] != k.shape[1]
+    if isinstance(view, tuple):
+        return flex()[0](q, k, v, score_mod=view[0], block_mask=view[1], scale=scale, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=view, is_causal=view is None, dropout_p=dropout,
+                                          scale=scale, enable_gqa=gqa)
 
 
 class Attention(nn.Module):
@@ -175,20 +384,17 @@ class Attention(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.head_dim
-        self.q = Linear(c.n_embd, c.n_head * c.head_dim, bias=c.bias)
-        self.k = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
-        self.v = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
+        self.head_dim, self.scale, self.dropout = c.head_dim, c.attn_scale or c.head_dim ** -0.5, c.dropout
+        self.q = Linear(c.n_embd, c.n_head * c.head_dim, bias=c.qkv_bias)
+        self.k = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.v = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.o = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
-        self.q_norm = Norm(c.norm, c.head_dim, c.norm_eps) if c.qk_norm else None
-        self.k_norm = Norm(c.norm, c.head_dim, c.norm_eps) if c.qk_norm else None
-        self.dropout = c.dropout
+        self.q_norm = Norm(c, c.head_dim, bias=False) if c.qk_norm else None
+        self.k_norm = Norm(c, c.head_dim, bias=False) if c.qk_norm else None
 
-    def forward(self, x, rope, mask, cache):
+    def forward(self, x, rope, view, cache):
         B, T, _ = x.shape
-        q = self.q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.k(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.v(x).view(B, T, self.n_kv_head, self.head_dim)
+        q, k, v = (f(x).view(B, T, -1, self.head_dim) for f in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -196,19 +402,17 @@ class Attention(nn.Module):
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D), (B, Hkv, T, D) twice
         if cache is not None:
             k, v = cache(k, v)  # now every key and value so far: (B, Hkv, S, D)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.n_head != self.n_kv_head,
-            dropout_p=self.dropout if self.training else 0.0)
+        y = attend(q, k, v, view, self.scale, self.dropout if self.training else 0.0)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.act = ACTIVATIONS[c.act]
-        self.gate = Linear(c.n_embd, c.n_hidden, bias=c.bias) if c.act in GATED else None
-        self.up = Linear(c.n_embd, c.n_hidden, bias=c.bias)
-        self.down = Linear(c.n_hidden, c.n_embd, bias=c.bias)
+        self.act = (ACTIVATIONS | GATED)[c.act]
+        self.gate = Linear(c.n_embd, c.n_hidden, bias=c.mlp_bias) if c.act in GATED else None
+        self.up = Linear(c.n_embd, c.n_hidden, bias=c.mlp_bias)
+        self.down = Linear(c.n_hidden, c.n_embd, bias=c.mlp_bias)
 
     def forward(self, x):
         if self.gate is None:
@@ -217,43 +421,91 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): the pre-norm residual block of GPT-2."""
+    """
+    Attention, then MLP, each a branch f of the residual stream x:
+        pre        x + f(norm(x))             GPT-2, LLaMA
+        post       norm(x + f(x))             Vaswani et al., GPT-1
+        sandwich   x + norm'(f(norm(x)))      CogView
+        deepnorm   norm(α x + f(x)), α = (2 L)^(1/4), with INIT's β = (8 L)^(-1/4)   Wang et al. 2022, GLM-130B
+        parallel   x + attention(norm(x)) + mlp(norm(x))     GPT-J, Falcon-7B; parallel2: a norm each, GPT-NeoX
+    f is scaled by resid_scale, x + f by 1.
+    """
 
     def __init__(self, c):
         super().__init__()
-        self.norm1, self.attn = Norm(c.norm, c.n_embd, c.norm_eps, c.bias), Attention(c)
-        self.norm2, self.mlp = Norm(c.norm, c.n_embd, c.norm_eps, c.bias), MLP(c)
-        self.dropout = c.dropout
+        self.norm1, self.attn = Norm(c), Attention(c)
+        self.norm2, self.mlp = Norm(c) if c.place != "parallel" else None, MLP(c)
+        self.norm1_out, self.norm2_out = (Norm(c), Norm(c)) if c.place == "sandwich" else (None, None)
+        self.place, self.dropout, self.scale = c.place, c.dropout, c.resid_scale
+        self.alpha = (2 * c.n_layer) ** 0.25 if c.place == "deepnorm" else 1.0
 
-    def forward(self, x, rope, mask=None, cache=None):
-        x = x + F.dropout(self.attn(self.norm1(x), rope, mask, cache), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+    def forward(self, x, rope, view=None, cache=None):
+        if self.place.startswith("parallel"):
+            h = self.norm1(x)
+            return x + self.branch(self.attn(h, rope, view, cache)) \
+                     + self.branch(self.mlp(h if self.norm2 is None else self.norm2(x)))
+        if self.place in ("post", "deepnorm"):
+            x = self.norm1(self.alpha * x + self.branch(self.attn(x, rope, view, cache)))
+            return self.norm2(self.alpha * x + self.branch(self.mlp(x)))
+        x = x + self.branch(self.attn(self.norm1(x), rope, view, cache), self.norm1_out)
+        return x + self.branch(self.mlp(self.norm2(x)), self.norm2_out)
+
+    def branch(self, y, norm=None):
+        y = y if norm is None else norm(y)
+        return F.dropout(y if self.scale == 1 else self.scale * y, self.dropout, self.training)
 
 
 # -----------------------------------------------------------------------------
 # Initialization: the first row whose text occurs in a parameter's name fills it. A float is a constant,
-# a function (fan_in, config) the standard deviation of a normal. A name without a row is an error.
+# a function (shape, config) the standard deviation of a normal. A name without a row is an error.
 
-GAINS = [("norm.weight", 1.0), ("norm1.weight", 1.0), ("norm2.weight", 1.0), (".bias", 0.0),
-         ("scalar_head.weight", 0.0)]
+
+def depth_scaled(shape, c):
+    """GPT-2: what writes into the residual stream is scaled by 1 / sqrt(number of writers)."""
+    return 0.02 / math.sqrt(2 * c.n_layer)
+
+
+def xavier(gain):
+    """Glorot & Bengio 2010: variance 2 / (fan_in + fan_out)."""
+    return lambda shape, c: gain(c) * math.sqrt(2 / sum(shape))
+
+
+def fan_in(shape, c):
+    return shape[-1] ** -0.5
+
+
+GAINS = [("norm.weight", 1.0), ("norm1.weight", 1.0), ("norm2.weight", 1.0), ("norm1_out.weight", 1.0),
+         ("norm2_out.weight", 1.0), (".bias", 0.0), ("scalar_head.weight", 0.0), ("rel_bias.weight", 0.0),
+         ("mix_x.", 1.0), ("mix_x0.", 0.0)]
 
 INIT = {
-    # GPT-2: N(0, 0.02), and what writes into the residual stream scaled by 1 / sqrt(2 L).
     "gpt2": GAINS + [
-        (".o.weight", lambda fan_in, c: 0.02 / math.sqrt(2 * c.n_layer)),
-        (".down.weight", lambda fan_in, c: 0.02 / math.sqrt(2 * c.n_layer)),
-        (".weight", lambda fan_in, c: 0.02),
+        (".o.weight", depth_scaled),
+        (".down.weight", depth_scaled),
+        (".weight", lambda shape, c: 0.02),
     ],
     # nano: every block starts as the identity and the head silent, so the first loss is exactly ln V.
     "zero": GAINS + [
         (".o.weight", 0.0),
         (".down.weight", 0.0),
         (".head.weight", 0.0),
-        (".wte.weight", lambda fan_in, c: 0.02 if c.tied else 1.0),  # tied: it is the head as well
-        (".wpe.weight", lambda fan_in, c: 0.02),
-        (".weight", lambda fan_in, c: fan_in ** -0.5),
+        (".wte.weight", lambda shape, c: 0.02 if c.tied else 1.0),  # tied: it is the head as well
+        (".wpe.weight", lambda shape, c: 0.02),
+        (".weight", fan_in),
+    ],
+    # DeepNet's, for the bound on a step's change that place=deepnorm promises.
+    "deepnorm": GAINS + [
+        (".q.weight", xavier(lambda c: 1.0)),
+        (".k.weight", xavier(lambda c: 1.0)),
+        ("blocks.", xavier(lambda c: (8 * c.n_layer) ** -0.25)),
+        (".weight", lambda shape, c: 0.02),
     ],
 }
+
+CHOICES = {"norm": NORMS, "act": ACTIVATIONS | GATED, "init": INIT, "attn": ("full", "window", "strided"),
+           "place": ("pre", "post", "sandwich", "deepnorm", "parallel", "parallel2"),
+           "pos": ("learned", "sinusoidal", "rope", "alibi", "t5", "none"),
+           "rope_scaling": ("none", "linear", "ntk", "yarn", "llama3")}
 
 
 @torch.no_grad()
@@ -261,22 +513,26 @@ def init_weights(model, seed=0):
     """Fill every parameter by the rows of INIT[config.init]; the same on every device and rank."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        rule = next((rule for part, rule in INIT[model.config.init] if part in "." + name), None)
+        rule = next((rule for part, rule in INIT[model.config.init] if part in f".{name}."), None)
         if rule is None:
             raise AssertionError(f"no row of INIT[{model.config.init!r}] initializes {name}")
         if isinstance(rule, float):
             p.fill_(rule)
         else:
-            p.copy_(torch.randn(p.shape, generator=generator) * rule(p.shape[-1], model.config))
+            p.copy_(torch.randn(p.shape, generator=generator) * rule(p.shape, model.config))
 
 
 # -----------------------------------------------------------------------------
 # Loss: cross-entropy of a linear head, chunk by chunk, so that the (N, V) logits never exist at once
 
 
-def chunk_cross_entropy(x, weight, targets, vocab_size):
+def cap(logits, softcap):
+    return softcap * (logits / softcap).tanh() if softcap else logits
+
+
+def chunk_cross_entropy(x, weight, targets, vocab_size, softcap):
     """-log p(target) of each row (0 where target is -100) and the logits, float32. x (n, C), weight (V', C)."""
-    logits = (x @ weight.T).float()
+    logits = cap((x @ weight.T).float(), softcap)
     if weight.shape[0] > vocab_size:  # padding ids do not take part
         logits = logits.masked_fill(torch.arange(weight.shape[0], device=x.device) >= vocab_size, -math.inf)
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none"), logits
@@ -286,17 +542,21 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
     Summed cross-entropy whose gradients are formed in the forward pass, while a chunk's logits are at hand:
         G = softmax(x Wᵀ) - onehot(target),    dL/dx = G W,    dL/dW = Gᵀ x
-    The backward pass only scales them: no (N, V) tensor is stored and no product is computed twice.
+    (G times 1 - (logits / cap)² where the logits are capped). The backward pass only scales them: no (N, V) tensor
+    is stored and no product is computed twice.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, chunk):
+    def forward(ctx, x, weight, targets, vocab_size, softcap, chunk):
         w, ids = weight.to(x.dtype), torch.arange(weight.shape[0], device=x.device)
         total, dx, dw = 0.0, [], 0.0
         for xi, ti in zip(x.split(chunk), targets.split(chunk)):
-            loss, logits = chunk_cross_entropy(xi, w, ti, vocab_size)
+            loss, logits = chunk_cross_entropy(xi, w, ti, vocab_size, softcap)
             ti = ti.unsqueeze(1)
-            grad = ((logits.softmax(-1) - (ids == ti).float()) * (ti != -100)).to(x.dtype)
+            grad = (logits.softmax(-1) - (ids == ti).float()) * (ti != -100)
+            if softcap:  # padding logits are -inf, their gradient 0
+                grad = grad * (1 - (logits / softcap).clamp(min=-1).square())
+            grad = grad.to(x.dtype)
             total = total + loss.sum()
             dx.append(grad @ w)
             dw = dw + (grad.T @ xi).to(weight.dtype) if ctx.needs_input_grad[1] else None
@@ -306,22 +566,22 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx * grad, None if dw is None else dw * grad, None, None, None
+        return dx * grad, None if dw is None else dw * grad, None, None, None, None
 
 
-def linear_cross_entropy(x, weight, targets, vocab_size, reduction="mean", chunk=0):
+def linear_cross_entropy(x, weight, targets, vocab_size, reduction="mean", softcap=0.0, chunk=0):
     """
     Cross-entropy of the logits x Wᵀ, in nats. x (N, C), weight (V', C) with V' ≥ vocab_size rows, targets (N,)
     of ids or -100 (ignored). reduction: "mean" over the targets that count, "sum", or "none" -> (N,).
-    chunk: rows at a time; 0 chooses about 2^28 logits.
+    softcap: see GPTConfig. chunk: rows at a time; 0 chooses about 2^28 logits.
     """
     chunk = chunk or max(1, 2 ** 28 // weight.shape[0])
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if needs_grad and reduction != "none":
-        total = LinearCrossEntropy.apply(x, weight, targets, vocab_size, chunk)
+        total = LinearCrossEntropy.apply(x, weight, targets, vocab_size, softcap, chunk)
     else:  # a gradient per row cannot be scaled afterwards: recompute the chunk's logits in the backward pass
         def rows(xi, ti):
-            return chunk_cross_entropy(xi, weight.to(xi.dtype), ti, vocab_size)[0]
+            return chunk_cross_entropy(xi, weight.to(xi.dtype), ti, vocab_size, softcap)[0]
         losses = [checkpoint(rows, xi, ti, use_reentrant=False) if needs_grad else rows(xi, ti)
                   for xi, ti in zip(x.split(chunk), targets.split(chunk))]
         if reduction == "none":
@@ -371,19 +631,34 @@ class KVCache:
         self.bound -= int(torch.as_tensor(r).min())
 
 
+def position_tables(c):
+    """The buffers that a config's positions need, none of them saved."""
+    if c.pos == "rope":
+        return {"rope": rope_table(c)}
+    if c.pos == "sinusoidal":
+        return {"sinusoids": sinusoid_table(c)}
+    return {"slopes": alibi_slopes(c.n_head)} if c.pos == "alibi" else {}
+
+
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.wte = nn.Embedding(c.padded_vocab, c.n_embd)
+        factorized = c.embd_dim != c.n_embd
+        self.wte = nn.Embedding(c.padded_vocab, c.embd_dim)
         self.wpe = nn.Embedding(c.block_size, c.n_embd) if c.pos == "learned" else None
-        self.embd_norm = Norm(c.norm, c.n_embd, c.norm_eps, c.bias) if c.embd_norm else None
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.norm = Norm(c.norm, c.n_embd, c.norm_eps, c.bias)
-        self.head = None if c.tied else Linear(c.n_embd, c.padded_vocab, bias=False)
+        self.embd_in = Linear(c.embd_dim, c.n_embd, bias=False) if factorized else None
+        self.embd_norm = Norm(c) if c.embd_norm else None
+        self.rel_bias = nn.Embedding(32, c.n_head) if c.pos == "t5" else None  # of a distance's bucket, for all layers
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer // c.share))
+        self.mix_x = nn.Parameter(torch.empty(c.n_layer)) if c.resid_mix else None
+        self.mix_x0 = nn.Parameter(torch.empty(c.n_layer)) if c.resid_mix else None
+        self.norm = None if c.place in ("post", "deepnorm") else Norm(c)  # there each block ends with one
+        self.embd_out = Linear(c.n_embd, c.embd_dim, bias=False) if factorized else None
+        self.head = None if c.tied else Linear(c.embd_dim, c.padded_vocab, bias=False)
         self.scalar_head = Linear(c.n_embd, 1, bias=False) if c.scalar_head else None
-        table = rope_table(c.head_dim, c.block_size, c.rope_theta) if c.pos == "rope" else None
-        self.register_buffer("rope", table, persistent=False)
+        for name, table in position_tables(c).items():
+            self.register_buffer(name, table, persistent=False)
         self.compute_dtype = torch.float32  # of activations; weights are cast where they are used
         self.loss = linear_cross_entropy
         self._decoder = None
@@ -405,61 +680,122 @@ class GPT(nn.Module):
     def head_weight(self):
         return self.wte.weight if self.head is None else self.head.weight
 
-    def trunk(self, idx, cache=None, positions=None, doc_ids=None):
+    def views(self, B, T, i, keys, doc_ids, prefix, flexible):
+        """
+        Who sees whom, for each kind of attention in the config: what attend takes as its view. i (T,) or (B, T)
+        places of the queries, keys the number of places with a key. Doubles as flex_attention's mask and score_mod.
+        """
+        c, device, views = self.config, i.device, {}
+        slopes = c.alibi_scale * self.slopes if c.pos == "alibi" else None
+        cached = i.dim() == 2
+        for kind in set(c.attn_kinds):
+            base = "full" if kind == "window" and keys <= c.window else kind
+
+            def sees(b, h, i, j, base=base):
+                see = visible(base, c.window, i, j)
+                if doc_ids is not None:  # a token sees its own document
+                    see = see & (doc_ids[b, i] == doc_ids[b, j])
+                if prefix is not None:  # the first `prefix` tokens see each other
+                    see = see | ((i < prefix[b]) & (j < prefix[b]))
+                return see
+
+            def bent(score, b, h, i, j):
+                return score - slopes[h] * (i - j)
+
+            plain = base == "full" and doc_ids is None and prefix is None and not cached
+            if plain and c.pos not in ("alibi", "t5"):
+                views[kind] = None
+                continue
+            if flexible and c.pos != "t5":  # T5's bias needs a gradient
+                per_row = None if doc_ids is None and prefix is None else B
+                views[kind] = (bent if c.pos == "alibi" else None), flex()[1](sees, per_row, None, T, keys, device)
+                continue
+            b, h = torch.arange(B, device=device)[:, None, None, None], torch.arange(c.n_head, device=device)[:, None, None]
+            rows, columns = (i[:, None] if cached else i)[..., None], torch.arange(keys, device=device)
+            mask = sees(b, h, rows, columns)
+            bias = None
+            if c.pos == "alibi":
+                bias = bent(torch.zeros((), device=device), b, h, rows, columns)
+            elif c.pos == "t5":
+                bias = self.rel_bias(t5_bucket(rows - columns)).movedim(-1, -3)
+                bias = bias.flatten(0, 1) if bias.dim() == 5 else bias
+            if bias is not None:
+                mask = bias.masked_fill(~mask, -math.inf).to(self.compute_dtype)
+            views[kind] = mask.view((1,) * (4 - mask.dim()) + mask.shape)
+        return views
+
+    def trunk(self, idx, cache=None, positions=None, doc_ids=None, prefix=None, embeds=None):
         """Hidden states (B, T, C) after the last norm. Arguments as in forward."""
-        c, T = self.config, idx.shape[1]
+        c = self.config
+        B, T = idx.shape if embeds is None else embeds.shape[:2]
+        device = self.device
         static = cache is not None and cache.static  # then the engine has counted
         room = c.block_size if cache is None else min(c.block_size, cache.size) - cache.bound
         if T > room and not static:
             raise BadInput(f"{T} tokens do not fit into the {room} left of the model's context of {c.block_size}: "
                            f"shorten the input, or train with a larger --block_size")
         prefill = cache is not None and cache.bound == 0 and not static
-        arange = torch.arange(T, device=idx.device)
-        if positions is None:  # (T,), or (B, T) where each row continues at its own position
-            positions = arange if cache is None or prefill else cache.pos[:, None] + arange
+        places = torch.arange(T, device=device)  # (T,), or (B, T) where each row goes on at its own
         if cache is not None:
+            places = places if prefill else cache.pos[:, None] + places
             cache.bound = min(cache.bound + T, cache.size)
+        positions = places if positions is None else positions
+        keys = T if cache is None or prefill else cache.seen()
+        flexible = device.type == "cuda" and cache is None and not (self.training and c.dropout)
+        views = self.views(B, T, places, keys, doc_ids, prefix, flexible)
 
-        mask = None  # None: plain causal, the fast path
-        if doc_ids is not None:  # a token sees earlier tokens of its own document
-            same = doc_ids[:, :, None] == doc_ids[:, None, :]
-            mask = (same & (arange[:, None] >= arange))[:, None]  # (B, 1, T, T)
-        elif cache is not None and not prefill:
-            keys = torch.arange(cache.seen(), device=idx.device)
-            mask = (keys <= positions[:, :, None])[:, None]  # (B, 1, T, S)
-
-        x = self.wte(idx).to(self.compute_dtype)
+        x = (self.wte(idx) if embeds is None else embeds).to(self.compute_dtype)
+        if c.embd_scale != 1:
+            x = x * c.embd_scale
+        if c.pos == "sinusoidal":
+            x = x + self.sinusoids[positions].to(x.dtype)
+        if self.embd_in is not None:
+            x = self.embd_in(x)
+        if c.pos == "learned":
+            x = x + self.wpe(positions).to(x.dtype)
         rope = None
         if c.pos == "rope":
             rope = self.rope[:, positions].to(x.dtype).unsqueeze(-2)  # (2, [B,] T, 1, D): one for all heads
-        elif c.pos == "learned":
-            x = x + self.wpe(positions).to(x.dtype)
         if self.embd_norm is not None:
             x = self.embd_norm(x)
-        x = F.dropout(x, c.dropout, self.training)
-        for i, block in enumerate(self.blocks):
-            kv = cache and (functools.partial(cache.fill, i) if prefill else
-                            functools.partial(cache.update, i, positions))
-            x = block(x, rope, mask) if kv is None else block.forward(x, rope, mask, kv)  # a cache is not compiled
+        x = x0 = F.dropout(x, c.dropout, self.training)
+        for l, kind in enumerate(c.attn_kinds):
+            block = self.blocks[l // c.share]
+            if self.mix_x is not None:
+                x = self.mix_x[l].to(x.dtype) * x + self.mix_x0[l].to(x.dtype) * x0
+            if cache is None:
+                x = block(x, rope, views[kind])
+            else:  # a block with a cache is not compiled
+                kv = functools.partial(cache.fill, l) if prefill else functools.partial(cache.update, l, places)
+                x = block.forward(x, rope, views[kind], kv)
         if cache is not None:
             cache.pos.add_(T)
-        return self.norm(x)
+        return x if self.norm is None else self.norm(x)
+
+    def features(self, x):
+        """What the head's matrix multiplies, (..., E), from hidden states (..., C)."""
+        x = x if self.embd_out is None else self.embd_out(x)
+        return x if self.config.logit_scale == 1 else x * self.config.logit_scale
 
     def logits(self, x):
         """Hidden states (..., C) -> logits (..., V), float32."""
-        return (x @ self.head_weight.to(x.dtype).T)[..., :self.config.vocab_size].float()
+        logits = (self.features(x) @ self.head_weight.to(x.dtype).T)[..., :self.config.vocab_size].float()
+        return cap(logits, self.config.softcap)
 
-    def forward(self, idx, targets=None, cache=None, positions=None, doc_ids=None, reduction="mean"):
+    def forward(self, idx, targets=None, cache=None, positions=None, doc_ids=None, prefix=None, embeds=None,
+                reduction="mean"):
         """
         idx (B, T) ids -> (logits (B, T, V) float32, None), or with targets (B, T) -> (None, loss in nats).
         targets of -100 do not count; reduction "mean" | "sum" | "none" (B, T).
         cache: a KVCache that the tokens continue; positions (T,) or (B, T) override the default 0, 1, 2, …;
-        doc_ids (B, T): attention stays inside a document. Raises BadInput where T exceeds block_size.
+        doc_ids (B, T): attention stays inside a document; prefix (B,): so many first tokens of a row see each other;
+        embeds (B, T, E) replaces the embedding of idx, which may be None. Raises BadInput where T exceeds block_size.
         """
-        x = self.trunk(idx, cache, positions, doc_ids)
+        x = self.trunk(idx, cache, positions, doc_ids, prefix, embeds)
         if targets is None:
             return self.logits(x), None
-        loss = self.loss(x.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size, reduction)
+        loss = self.loss(self.features(x).flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size,
+                         reduction, self.config.softcap)
         return None, loss.view(targets.shape) if reduction == "none" else loss
 
     def scalars(self, idx, **kwargs):
@@ -637,7 +973,8 @@ class Decoder:
             idx[i, :len(row)] = torch.tensor(row)
         self.cache.bound, self.cache.static = 0, False
         self.cache.pos.zero_()
-        x = self.model.trunk(idx.to(self.token.device), cache=self.cache)
+        x = self.model.trunk(idx.to(self.token.device), cache=self.cache,
+                             prefix=lengths if self.model.config.prefix_lm else None)
         self.cache.pos.copy_(lengths)
         self.logits.copy_(self.model.logits(x[torch.arange(len(rows), device=x.device), lengths - 1]))
 
@@ -692,9 +1029,13 @@ class Decoder:
 
 
 def count_parameters(model):
-    """(all, those that multiply an activation): the second is the N of 6 N, every Linear once and the head."""
+    """
+    (all, those that multiply an activation): the second is the N of 6 N, every Linear as often as a token passes it,
+    and the head.
+    """
     total = sum(p.numel() for p in model.parameters())
-    matmul = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    matmul = sum(m.weight.numel() * (model.config.share if name.startswith("blocks.") else 1)
+                 for name, m in model.named_modules() if isinstance(m, nn.Linear))
     return total, matmul + (model.wte.weight.numel() if model.head is None else 0)
 
 
@@ -888,8 +1229,8 @@ def build_model(config, tensors, source, device="cpu", dtype=torch.float32):
         if name not in expected or expected[name] != tensors[name].shape:
             raise BadInput(f"{source} has {name} of shape {list(tensors[name].shape)}, which its config does not")
     model.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
-    if config.pos == "rope":
-        model.rope = rope_table(config.head_dim, config.block_size, config.rope_theta).to(device)
+    for name, table in position_tables(config).items():  # meta until now
+        setattr(model, name, table.to(device))
     model.compute_dtype = dtype
     return model
 

@@ -16,6 +16,10 @@ BPE for translation), Radford et al. 2019 (GPT-2: over bytes, so that no text is
     python bpe.py                                   # train on Python's own source, then look
     python bpe.py train book.txt --vocab_size 4096 --out out/tokenizer
     python bpe.py inspect "hello world" --tokenizer out/tokenizer
+    python bpe.py chat "Who are you?" "A model." --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct
+
+After the tokenizer: hub() fetches a model's files from Hugging Face, and render_chat() writes a
+conversation as tokens in the way its model was trained on.
 """
 
 import argparse
@@ -23,6 +27,7 @@ import base64
 import binascii
 import codecs
 import contextlib
+import fnmatch
 import functools
 import gzip
 import hashlib
@@ -41,6 +46,8 @@ import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import regex  # arrives with tiktoken; unlike re it knows \p{L} and possessive ++
@@ -50,6 +57,8 @@ import tiktoken
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 # What other families call the end of a document, in the order in which they are looked for.
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>")
+# And its beginning, in tokenizer_config.json.
+BEGINS = ("<s>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<|endoftext|>")
 
 
 class BadInput(ValueError):
@@ -345,10 +354,11 @@ class Tokenizer:
     normal    Unicode normal forms applied before anything else, such as ["NFC"]
     prefix    sentencepiece writes a ▁ before the text's first word: "prepend" always, "always"
               unless one stands there, "first" so too but not after a special token; "" never
+    chat      {"template": of CHAT_TEMPLATES, "system": the default system text or None}, or None
     """
 
-    def __init__(self, kind, ranks, patterns=(), special=(), normal=(), prefix=""):
-        self.kind, self.ranks, self.prefix = kind, ranks, prefix
+    def __init__(self, kind, ranks, patterns=(), special=(), normal=(), prefix="", chat=None):
+        self.kind, self.ranks, self.prefix, self.chat = kind, ranks, prefix, chat
         self.patterns, self.special, self.normal = list(patterns), dict(special), list(normal)
         self._order = {token: n for n, token in enumerate(ranks)}
         self.n_vocab = 1 + max([*ranks.values(), *self.special.values()])
@@ -426,6 +436,7 @@ class Tokenizer:
         return [self._encode_plain(text) for text in texts]
 
     def _encode_plain(self, text, first=True):
+        """first: True at the beginning, False after a special token, None in the middle of text."""
         for form in self.normal:
             text = unicodedata.normalize(form, text)
         if self.kind == "char":
@@ -438,8 +449,8 @@ class Tokenizer:
             return self._known(self._fast.encode_ordinary(text))
         if self.kind == "sentencepiece" and text:
             text = text.replace(" ", "▁")
-            if self.prefix == "prepend" or not text.startswith("▁") and (
-                    self.prefix == "always" or self.prefix == "first" and first):
+            if first is not None and (self.prefix == "prepend" or not text.startswith("▁") and (
+                    self.prefix == "always" or self.prefix == "first" and first)):
                 text = "▁" + text
         ids = []
         for chunk in splitter(tuple(self.patterns))(text):
@@ -512,7 +523,9 @@ class Tokenizer:
         return self.n_vocab
 
     def __eq__(self, other):
-        return isinstance(other, Tokenizer) and self.spec() == other.spec()
+        """Of the same ids for every text; how a chat is written is no part of it."""
+        return isinstance(other, Tokenizer) and {**self.spec(), "chat": None} == {
+            **other.spec(), "chat": None}
 
     # Keeping
 
@@ -525,6 +538,8 @@ class Tokenizer:
             spec["normal"] = self.normal
         if self.prefix:
             spec["prefix"] = self.prefix
+        if self.chat:
+            spec["chat"] = self.chat
         return spec
 
     def save(self, dir):
@@ -533,11 +548,20 @@ class Tokenizer:
             file.write(format_ranks(self.ranks))
 
     def export(self, dir):
-        """Writes tokenizer.json, which Hugging Face tokenizers reads."""
-        data = json.dumps(to_hugging_face(self), ensure_ascii=False, indent=1)
-        Path(dir).mkdir(parents=True, exist_ok=True)
-        with replace_file(Path(dir) / "tokenizer.json") as file:
-            file.write(data.encode())
+        """Writes tokenizer.json, which Hugging Face tokenizers reads, and tokenizer_config.json,
+        which transformers needs to call it a tokenizer and to write a chat."""
+        names = {i: name for name, i in self.special.items()}
+        end = chat_end(self, self.chat["template"]) if self.chat else self.eot
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": names.get(end),
+                  "bos_token": next((name for name in BEGINS if name in self.special), None),
+                  "pad_token": "<|pad|>" if "<|pad|>" in self.special else None,
+                  "chat_template": chat_jinja(**self.chat) if self.chat else None}
+        config = {key: value for key, value in config.items() if value is not None}
+        config["clean_up_tokenization_spaces"] = False  # decode what was encoded
+        for name, data in (("tokenizer.json", to_hugging_face(self)),
+                           ("tokenizer_config.json", config)):
+            with replace_file(Path(dir) / name, "w") as file:
+                file.write(json.dumps(data, ensure_ascii=False, indent=1))
 
     @classmethod
     def from_spec(cls, spec, ranks_path):
@@ -546,7 +570,7 @@ class Tokenizer:
             raise BadInput(f"{ranks_path} is corrupt, or not the tokenizer that the JSON beside it "
                            "describes; copy both from the same place")
         return cls(spec["kind"], parse_ranks(data, ranks_path), spec["patterns"], spec["special"],
-                   spec.get("normal", ()), spec.get("prefix", ""))
+                   spec.get("normal", ()), spec.get("prefix", ""), spec.get("chat"))
 
     @classmethod
     def load(cls, dir):
@@ -561,13 +585,19 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, name_or_dir):
-        """A tiktoken name, a folder (ours or Hugging Face's) or a file."""
-        path = Path(name_or_dir)
+        """A folder (ours or Hugging Face's), a file, a tiktoken name or org/model on the hub."""
+        path, name = Path(name_or_dir), str(name_or_dir)
         if path.is_dir():
             return from_folder(path)
         if path.is_file():
             return from_file(path)
-        return from_tiktoken(str(name_or_dir))
+        if name in tiktoken.list_encoding_names() or not is_hub_name(name):
+            return from_tiktoken(name)
+        try:
+            return from_folder(hub(name, "tokenizer"))
+        except BadInput as error:
+            raise BadInput(f"{name!r} is no folder, no file and no tiktoken encoding, and as a "
+                           f"model of the hub: {error}") from None
 
 
 class StreamDecoder:
@@ -652,14 +682,15 @@ def from_folder(path):
     if any((path / name).exists() for name in ("run.json", "meta.json")):
         return Tokenizer.load(path)
     if (path / "tokenizer.json").exists():
-        return from_hugging_face(read_json(path / "tokenizer.json"), path / "tokenizer.json")
+        file = path / "tokenizer.json"
+        return with_chat(from_hugging_face(read_json(file), file), path)
     for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         if (path / vocabulary).exists() and (path / merges).exists():
             lines = read_bytes(path / merges).decode().splitlines()
             model = {"type": "BPE", "vocab": read_json(path / vocabulary),
                      "merges": [line for line in lines if line and not line.startswith("#version")]}
-            return from_hugging_face({"model": model, "pre_tokenizer": {"type": "ByteLevel"}},
-                                     path / vocabulary)
+            data = {"model": model, "pre_tokenizer": {"type": "ByteLevel"}}
+            return with_chat(from_hugging_face(data, path / vocabulary), path)
     raise BadInput(f"{path} holds no tokenizer; it needs tokenizer.json, vocab.bpe and "
                    "encoder.json, vocab.json and merges.txt, or tokenizer.tiktoken and its JSON")
 
@@ -849,6 +880,512 @@ def to_hugging_face(tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------
+# Chat: messages to tokens, and which of them to train on
+
+class ChatTemplate(NamedTuple):
+    """How a family of models writes a conversation; {user} and the like stand for a content.
+
+    An assistant's turn is its header, its answer and what comes after. Generation goes on from
+    the header; training is on the answer, which ends in the token that says so. A system message
+    either has a form of its own or stands, in `first`, with the first user's: a family that does
+    the latter takes users and assistants in turn. {eos} is the tokenizer's end of a document."""
+    user: str
+    header: str
+    answer: str
+    after: str = ""
+    system: str = ""
+    first: str = ""
+    begin: str = ""
+    needs: tuple = ("{eos}",)  # its special tokens; the last one ends an answer
+    strip: bool = False  # drops the white space around a content
+
+
+ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately " \
+         "completes the request.\n\n### Instruction:\n{{user}}\n\n"
+
+CHAT_TEMPLATES = {
+    "chatml": ChatTemplate(  # ours, SmolLM2, Qwen
+        system="<|im_start|>system\n{system}<|im_end|>\n",
+        user="<|im_start|>user\n{user}<|im_end|>\n",
+        header="<|im_start|>assistant\n", answer="{assistant}<|im_end|>", after="\n",
+        needs=("<|im_start|>", "<|im_end|>")),
+    "llama3": ChatTemplate(
+        begin="<|begin_of_text|>",
+        system="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
+        user="<|start_header_id|>user<|end_header_id|>\n\n{user}<|eot_id|>",
+        header="<|start_header_id|>assistant<|end_header_id|>\n\n", answer="{assistant}<|eot_id|>",
+        needs=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        strip=True),
+    "llama2": ChatTemplate(
+        first="<s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]",
+        user="<s>[INST] {user} [/INST]", header="", answer=" {assistant} </s>",
+        needs=("<s>", "</s>"), strip=True),
+    "mistral": ChatTemplate(  # 7B Instruct v0.1 and v0.2; later ones write their spaces otherwise
+        begin="<s>", first=" [INST] {system}\n\n{user} [/INST]", user=" [INST] {user} [/INST]",
+        header="", answer=" {assistant}</s>", needs=("<s>", "</s>")),
+    "zephyr": ChatTemplate(  # also TinyLlama-Chat; <|user|> is seven tokens of plain text there
+        system="<|system|>\n{system}{eos}\n", user="<|user|>\n{user}{eos}\n",
+        header="<|assistant|>\n", answer="{assistant}{eos}", after="\n"),
+    "alpaca": ChatTemplate(
+        first=ALPACA.format(", paired with an input that provides further context")
+        + "### Input:\n{system}\n\n",
+        user=ALPACA.format(""), header="### Response:\n", answer="{assistant}{eos}"),
+    # For a base model and a tokenizer without special tokens other than the end of a document.
+    "plain": ChatTemplate(first="{system}\n{user}\n", user="{user}\n", header="",
+                          answer="{assistant}{eos}"),
+}
+
+
+def chat_end(tokenizer, name):
+    """The id that ends an answer in template `name`; refuses a tokenizer that lacks its tokens."""
+    if name not in CHAT_TEMPLATES:
+        raise BadInput(f"--template {name} is unknown; choose one of " + ", ".join(CHAT_TEMPLATES))
+    needs = CHAT_TEMPLATES[name].needs
+    lacks = [token for token in needs if token not in tokenizer.special
+             and (token != "{eos}" or tokenizer.eot is None)]
+    if lacks:
+        lacks = " or ".join(lacks).replace("{eos}", "token that ends a document")
+        raise BadInput(f"--template {name} does not fit the tokenizer, which has no {lacks}; "
+                       "choose another template (plain needs the fewest) or another tokenizer")
+    return tokenizer.eot if needs[-1] == "{eos}" else tokenizer.special[needs[-1]]
+
+
+def chat_stops(tokenizer, template=None):
+    """-> the set of ids after which an answer is over."""
+    return {chat_end(tokenizer, chat_format(tokenizer, template)[0]), tokenizer.eot} - {None}
+
+
+def chat_format(tokenizer, template=None, system=None):
+    """What a caller left open, as the tokenizer has it, else chatml -> (name, system text)."""
+    own = tokenizer.chat or {"template": "chatml", "system": None}
+    if system is None and template in (None, own["template"]):
+        system = own["system"]
+    return template or own["template"], system
+
+
+def render_chat(tokenizer, messages, template=None, system=None, generation=False):
+    """messages: list of {"role": system, user or assistant, "content": str} -> (ids, loss_mask),
+    where the mask is 1 on the assistants' answers and the tokens that end them, else 0.
+
+    template defaults to the tokenizer's own, else chatml. system is for messages that do not
+    begin with one; it defaults to the template's, and "" is none. With generation the ids end
+    where an assistant's answer begins.
+
+    A content is plain text: a special token's name in it stays text. An answer is encoded apart
+    from the header before it, as generation will meet it, so that
+
+        render_chat(m + [answer]) begins with render_chat(m, generation=True)
+    """
+    name, system = chat_format(tokenizer, template, system)
+    end = chat_end(tokenizer, name)
+    form = CHAT_TEMPLATES[name]
+    system, messages = check_messages(messages, name, system or None, generation)
+
+    def trim(text):
+        return text.strip() if form.strip else text
+
+    parts = [(form.begin, {}, 0)]  # (form, its contents, trained)
+    if system is not None and form.system:
+        parts.append((form.system, {"{system}": trim(system)}, 0))
+    for n, (role, text) in enumerate(messages):
+        if role == "assistant":
+            parts += [(form.header, {}, 0), (form.answer, {"{assistant}": trim(text)}, 1),
+                      (form.after, {}, 0)]
+        elif n == 0 and system is not None and form.first:  # llama2 strips the two as one text
+            text = text.rstrip() if form.strip else text
+            parts.append((form.first, {"{system}": system, "{user}": text}, 0))
+        else:
+            parts.append((form.user, {"{user}": trim(text)}, 0))
+    if generation:
+        parts.append((form.header, {}, 0))
+
+    # Text that no special token parts is encoded as one, as when the whole chat were a string.
+    special = {"{eos}": end, **tokenizer.special}
+    runs = [["", 0]]  # [text or id, trained]
+    for written, contents, trained in parts:
+        marks = sorted((s for s in [*contents, *special] if s in written), key=len, reverse=True)
+        cut = "|".join(map(re.escape, marks)) or "(?!)"
+        for part in re.split(f"({cut})", written):
+            item = contents[part] if part in contents else special.get(part, part)
+            if isinstance(item, str) and isinstance(runs[-1][0], str) and runs[-1][1] == trained:
+                runs[-1][0] += item
+            elif item != "":
+                runs.append([item, trained])
+    ids, mask, first = [], [], True
+    for item, trained in runs[not runs[0][0]:]:
+        text = isinstance(item, str)
+        new = tokenizer._encode_plain(clean(item), first) if text else [item]
+        first = None if text else False
+        ids += new
+        mask += [trained] * len(new)
+    return ids, mask
+
+
+def check_messages(messages, name, system, generation):
+    """-> (system text or None, [(role, content) of the others]), in an order the template has."""
+    def refuse(why):
+        raise BadInput(f"the chat cannot be written in --template {name}: {why}")
+
+    try:
+        turns = [(message["role"], message["content"]) for message in messages]
+    except (TypeError, KeyError):
+        refuse("each message must be an object with a role and a content")
+    for n, (role, content) in enumerate(turns):
+        if role not in ("system", "user", "assistant"):
+            refuse(f"message {n} has the role {role!r}; use system, user or assistant")
+        if not isinstance(content, str):
+            refuse(f"message {n}'s content is {type(content).__name__}; give it as text")
+        if role == "system" and n:
+            refuse(f"message {n} is a system message; put it first, there is room for one")
+    if turns and turns[0][0] == "system":
+        system, turns = turns[0][1], turns[1:]
+    if not turns:
+        refuse("there is no message from a user; add one")
+    if CHAT_TEMPLATES[name].first:
+        for n, (role, _) in enumerate(turns):
+            if role != ("user", "assistant")[n % 2]:
+                refuse("users and assistants must take turns, a user first")
+        if generation and turns[-1][0] != "user":
+            refuse("to go on from here the last message must be the user's")
+    return system, turns
+
+
+def jinja_string(text):
+    """Jinja reads Python's escapes in its strings."""
+    return "'" + text.encode("unicode_escape").decode().replace("'", "\\'") + "'"
+
+
+def chat_jinja(template, system=None):
+    """-> the text that makes transformers write the same chat; system: the default system text."""
+    form = CHAT_TEMPLATES[template]
+
+    def write(written, **contents):
+        parts = [contents.get(part[1:-1]) or (part[1:-1] + "_token" if part == "{eos}" else
+                                              jinja_string(part))
+                 for part in re.split(r"(\{\w+\})", written) if part]
+        return "{{ " + " + ".join(parts) + " }}" if parts else ""
+
+    content = "message['content']" + ".strip()" * form.strip
+    user, check = write(form.user, user=content), ""
+    if form.first:
+        first = write(form.first, system="system_message",
+                      user="message['content']" + ".rstrip()" * form.strip)
+        user = ("{% if loop.first and system_message is not none %}" + first + "{% else %}" + user
+                + "{% endif %}")
+        check = ("{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception("
+                 "'users and assistants must take turns, a user first') }}{% endif %}")
+    alone = write(form.system, system="system_message" + ".strip()" * form.strip)
+    return ("{% set rest = messages %}{% set system_message = "
+            + ("none" if system is None else jinja_string(system)) + " %}"
+            "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}"
+            "{% set system_message = messages[0]['content'] %}{% endif %}" + write(form.begin)
+            + ("{% if system_message is not none %}" + alone + "{% endif %}" if alone else "")
+            + "{% for message in rest %}" + check + "{% if message['role'] == 'user' %}" + user
+            + "{% elif message['role'] == 'assistant' %}"
+            + write(form.header + form.answer + form.after, assistant=content)
+            + "{% else %}{{ raise_exception('a role is system (first), user or assistant') }}"
+            "{% endif %}{% endfor %}{% if add_generation_prompt %}" + write(form.header)
+            + "{% endif %}")
+
+
+# What tells a family's published Jinja text: it has the first and none of the second.
+CHAT_MARKS = {
+    "chatml": (["<|im_start|>", "<|im_end|>"],
+               ["bos_token", "trim", ".strip()", "strftime", "<|im_sep|>"]),
+    "llama3": (["<|start_header_id|>", "<|eot_id|>", "trim"], ["date_string", "strftime"]),
+    "llama2": (["'[INST] '", "<<SYS>>", "bos_token", ".strip()"], ["== true"]),
+    "mistral": ([" [INST] ", " [/INST]", "bos_token"], ["<<SYS>>", "TOOL", "trim"]),
+    "zephyr": (["<|user|>", "<|assistant|>", "eos_token"], ["bos_token", "<|end|>", "trim"]),
+}
+# Where it keeps a default system text: in a turn written out, or in a variable.
+JINJA_SYSTEM = re.compile(
+    r"""(['"])<\|im_start\|>system(?:\n|\\n)(?P<turn>(?:\\.|(?!\1)[^\\])+?)<\|im_end\|>"""
+    r"""|set system_message = (['"])(?P<variable>(?:\\.|(?!\3)[^\\])*)\3""")
+
+
+def recognize_chat_template(jinja, tokenizer):
+    """-> (name in CHAT_TEMPLATES, default system text or None), or None for an unknown text or one
+    whose special tokens the tokenizer lacks. A family's plain conversation is meant: tools are
+    not written, nor what Qwen3 has of thoughts in an earlier answer."""
+    system = JINJA_SYSTEM.search(jinja)
+    if system:  # unescaped as Jinja does it
+        system = system["turn"] if system["turn"] is not None else system["variable"]
+        system = system.encode("ascii", "backslashreplace").decode("unicode_escape", "replace")
+    plain = jinja.replace('"', "'")
+    for name in CHAT_TEMPLATES:
+        has, lacks = CHAT_MARKS.get(name, (["\0"], []))
+        if jinja == chat_jinja(name, system) or (all(mark in plain for mark in has)
+                                                 and not any(mark in plain for mark in lacks)):
+            with contextlib.suppress(BadInput):
+                chat_end(tokenizer, name)
+                return name, system
+    return None
+
+
+def with_chat(tokenizer, folder):
+    """Sets tokenizer.chat from a Hugging Face folder's chat template, if that is one we know."""
+    jinja = None
+    if (folder / "chat_template.jinja").exists():
+        jinja = read_bytes(folder / "chat_template.jinja").decode("utf-8", "replace")
+    elif (folder / "tokenizer_config.json").exists():
+        config = read_json(folder / "tokenizer_config.json")
+        jinja = config.get("chat_template") if isinstance(config, dict) else None
+    if isinstance(jinja, list):
+        jinja = {entry.get("name"): entry.get("template") for entry in jinja}.get("default")
+    known = recognize_chat_template(jinja, tokenizer) if isinstance(jinja, str) else None
+    if known:
+        tokenizer.chat = dict(zip(("template", "system"), known))
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------
+# The hub: a local folder with the files of a Hugging Face model
+
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+HUB_FILES = {"tokenizer": ["tokenizer*.json", "vocab.json", "merges.txt",
+                           "special_tokens_map.json", "chat_template.jinja"]}
+HUB_FILES["model"] = HUB_FILES["tokenizer"] + ["config.json", "generation_config.json"]
+HUB_INDEX = "model.safetensors.index.json"
+HUB_TRIES = 5
+
+
+def is_hub_name(name):
+    """org/model, or one word as in gpt2-medium; what looks like a path of ours is none."""
+    return (HUB_NAME.fullmatch(name) is not None and not name.startswith(("out/", "data/"))
+            and not name.endswith((".json", ".bin", ".tiktoken"))
+            and not ("/" in name and Path(name).parent.exists()))
+
+
+def hub_home():
+    return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+
+
+def hub_endpoint():
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def hub(name, wanted="model", revision="main"):
+    """-> a folder with the files of the Hugging Face model `name`, downloaded unless it is there.
+
+    wanted: "tokenizer", or "model" for configuration and weights as well. A folder of Hugging
+    Face's own cache serves as it is. Ours, flat/org--model/revision beside it, keeps the commit
+    of its first download (delete it for a newer one) and says in hub.json what is complete."""
+    if not HUB_NAME.fullmatch(name):
+        raise BadInput(f"{name!r} is no name of a model on the hub; write org/model")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", revision, re.ASCII):
+        raise BadInput(f"--revision {revision!r} is no branch, tag or commit")
+    theirs = hub_snapshot(name, wanted, revision)
+    folder = hub_home() / "flat" / name.replace("/", "--") / revision
+    if theirs or hub_manifest(folder).keys() & {wanted, "model"}:  # a model has its tokenizer
+        return theirs or folder
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        raise BadInput(f"{name} is not complete in {folder} and HF_HUB_OFFLINE forbids a download; "
+                       "unset that, or copy the folder from a machine that has it")
+    try:
+        found = hub_list(name, hub_manifest(folder).get("commit", revision))
+        folder.mkdir(parents=True, exist_ok=True)
+        with hub_lock(folder):
+            if wanted not in hub_manifest(folder):  # else another process was here first
+                hub_fill(folder, name, wanted, *found)
+    except requests.RequestException as error:
+        raise BadInput(f"{name} is not complete in {folder} and {hub_endpoint()} cannot be reached "
+                       f"({type(error).__name__}); try again with a network, or copy the folder "
+                       "from a machine that has it") from None
+    except OSError as error:
+        raise BadInput(f"{folder} could not be written ({error.strerror}): free some space or set "
+                       "HF_HOME to another folder") from error
+    return folder
+
+
+def hub_snapshot(name, wanted, revision):
+    """The folder in Hugging Face's own cache, if what is wanted is in it, else None."""
+    cache = Path(os.environ.get("HF_HUB_CACHE") or hub_home() / "hub")
+    cache = cache / ("models--" + name.replace("/", "--"))
+    ref = cache / "refs" / revision
+    commit = ref.read_text().strip() if ref.is_file() else revision
+    folder = cache / "snapshots" / commit
+
+    def has(*files):
+        return all((folder / file).exists() for file in files)
+
+    if not has("tokenizer.json") and not has("vocab.json", "merges.txt"):
+        return None
+    if wanted == "tokenizer":
+        return folder
+    weights = indexed(folder / HUB_INDEX) if has(HUB_INDEX) else ["model.safetensors"]
+    return folder if has("config.json", *weights) else None
+
+
+def indexed(path):
+    """The files among which an index divides the weights."""
+    try:
+        return sorted(set(read_json(path)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
+        raise BadInput(f"{path} is no index of safetensors files; delete it and "
+                       "run again") from None
+
+
+def hub_manifest(folder):
+    """{"commit": its hash, what was wanted: {file: bytes}}, without what is no longer whole."""
+    if not (folder / "hub.json").exists():
+        return {}
+    manifest = read_json(folder / "hub.json")
+    return {key: files for key, files in manifest.items() if key == "commit" or all(
+        (folder / file).is_file() and (folder / file).stat().st_size == size
+        for file, size in files.items())}
+
+
+@contextlib.contextmanager
+def hub_lock(folder):
+    """One process at a time: all ranks of a run ask for the same model at once."""
+    with open(folder / ".lock", "w") as lock:
+        with contextlib.suppress(ImportError):  # Windows
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def hub_fill(folder, name, wanted, commit, listed):
+    """Downloads what is wanted and writes the manifest. All of a folder is of one commit."""
+    manifest = hub_manifest(folder)
+    if manifest.setdefault("commit", commit) != commit:  # another process began with an older one
+        commit, listed = hub_list(name, manifest["commit"])
+    with replace_file(folder / "hub.json", "w") as file:
+        json.dump(manifest, file, indent=1)
+
+    def fetch(file):
+        url = f"{hub_endpoint()}/{name}/resolve/{commit}/{quote(file)}"
+        download(url, folder / file, *listed[file], name)
+
+    files = sorted(file for file in listed if "/" not in file
+                   and any(fnmatch.fnmatchcase(file, like) for like in HUB_FILES[wanted]))
+    if not files:
+        raise BadInput(f"{name} has no {wanted} files at its root; name another --revision")
+    for file in files:
+        fetch(file)
+    if wanted == "model":
+        weights = [file for file in listed if fnmatch.fnmatchcase(file, "*.safetensors")
+                   and "/" not in file]
+        if HUB_INDEX in listed:
+            fetch(HUB_INDEX)
+            files.append(HUB_INDEX)
+            weights = indexed(folder / HUB_INDEX)
+            if not set(weights) <= set(listed):
+                raise BadInput(f"{name}'s {HUB_INDEX} names files that are not there; choose "
+                               "another --revision")
+        elif "model.safetensors" in weights:
+            weights = ["model.safetensors"]
+        if not weights:
+            pickled = any(file.endswith((".bin", ".pt", ".pth")) for file in listed)
+            why = "has its weights only as pickle files, which can run code and are never read" \
+                if pickled else "has no weights"
+            raise BadInput(f"{name} {why}; name a --revision with safetensors (often refs/pr/1) or "
+                           "convert it")
+        for file in weights:
+            fetch(file)
+        files += weights
+    manifest[wanted] = {file: listed[file][0] for file in files}
+    with replace_file(folder / "hub.json", "w") as file:
+        json.dump(manifest, file, indent=1)
+
+
+def hub_list(name, revision):
+    """-> (commit, {file: (bytes, hash function begun, hex digest)}) as the hub has them."""
+    url = f"{hub_endpoint()}/api/models/{name}/revision/{quote(revision, safe='')}?blobs=true"
+    response = hub_get(url)
+    if response.status_code != 200:
+        raise hub_refusal(name, response)
+    try:
+        answer, files = response.json(), {}
+        if not re.fullmatch(r"[0-9a-f]{40}", answer["sha"]):
+            raise ValueError
+        for entry in answer["siblings"]:
+            file, size = entry["rfilename"], entry["size"]
+            if not file or file[0] == "/" or "\\" in file or ":" in file or {"", ".", ".."} & set(
+                    file.split("/")):
+                raise BadInput(f"{name} lists a file named {file!r}, which could lie outside its "
+                               "folder; do not use this model")
+            if entry.get("lfs"):
+                files[file] = int(size), hashlib.sha256(), entry["lfs"]["sha256"]
+            else:  # git's hash of a file
+                files[file] = int(size), hashlib.sha1(b"blob %d\0" % size), entry["blobId"]
+        return answer["sha"], files
+    except BadInput:
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{hub_endpoint()} gave no list of {name}'s files; "
+                       "check HF_ENDPOINT") from None
+
+
+def hub_get(url, headers=(), **options):
+    """requests sends the token to this host only, also where it redirects to another."""
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if not token and (hub_home() / "token").is_file():
+        token = (hub_home() / "token").read_text().strip()
+    headers = {"Accept-Encoding": "identity", **dict(headers)}  # a range is one of the file itself
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    return requests.get(url, headers=headers, timeout=(10, 60), **options)
+
+
+def hub_refusal(name, response):
+    if response.status_code in (401, 403):
+        return BadInput(f"{hub_endpoint()} refuses {name} ({response.status_code}): check the "
+                        "name, or if it is private or gated accept its licence at "
+                        f"{hub_endpoint()}/{name} and set HF_TOKEN to your access token")
+    if response.status_code == 404:
+        return BadInput(f"{name} is not on {hub_endpoint()}, or has no such --revision; check both")
+    return BadInput(f"{hub_endpoint()} answered {name} with {response.status_code} "
+                    f"{response.reason}; try again later")
+
+
+def download(url, file, size, hasher, digest, name):
+    """Streams to FILE.part, which a later try or run continues; verified before it is renamed."""
+    part = file.with_name(file.name + ".part")
+    if file.exists() and file.stat().st_size == size:
+        return
+    for attempt in range(HUB_TRIES):
+        have = part.stat().st_size if part.exists() else -1
+        if have == size:
+            break
+        if have > size:
+            part.unlink()
+        time.sleep(attempt ** 2 / 2)
+        with contextlib.suppress(requests.RequestException):  # it broke off: go on from there
+            resume = {"Range": f"bytes={have}-"} if 0 < have < size else {}
+            with hub_get(url, resume, stream=True) as response:
+                status = response.status_code
+                if status == 416:  # nothing from there on
+                    part.unlink()
+                elif status == 429 or status >= 500:
+                    continue
+                elif status not in (200, 206):
+                    raise hub_refusal(name, response)
+                else:
+                    receive(response, part, status == 206, size)
+    if not part.exists() or part.stat().st_size != size:
+        raise BadInput(f"{file.name} of {name} broke off {HUB_TRIES} times; run it again to go on "
+                       "from where it stopped")
+    with open(part, "rb") as data:
+        while block := data.read(1 << 20):
+            hasher.update(block)
+    if hasher.hexdigest() != digest:
+        part.unlink()
+        raise BadInput(f"{file.name} of {name} arrived with a wrong {hasher.name} and was deleted; "
+                       "try again, and if it stays so, trust neither it nor the network")
+    os.replace(part, file)
+
+
+def receive(response, part, resumed, size):
+    with open(part, "ab" if resumed else "wb") as out:
+        for block in response.iter_content(1 << 16):  # of a block that breaks off nothing is kept
+            out.write(block)
+            if size > 10_000_000 and sys.stderr.isatty():
+                print(f"\r{part.stem}: {out.tell() / 1e6:,.0f} of {size / 1e6:,.0f} MB",
+                      end="\n" * (out.tell() == size), file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------
 # The command line
 
 UNPACK = {".gz": gzip.open, ".xz": lzma.open}
@@ -899,14 +1436,18 @@ def standard_library():
     return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
 
 
-def show(tokenizer, ids, colour):
-    """The text with every token's background in the next of five colours; | in a plain file."""
+def show(tokenizer, ids, colour, mask=()):
+    """The text with every token's background in the next of five colours; | in a plain file.
+    Where mask is 1 the token is bold and underlined; in a plain file, in brackets."""
     shown = []
     for n, i in enumerate(ids):
         piece = tokenizer.spell(i).decode("utf-8", "backslashreplace")
+        marked = n < len(mask) and mask[n]
         if colour:
             background = (153, 157, 223, 217, 189)[n % 5]  # light blue, green, yellow, red, violet
-            piece = f"\x1b[30;48;5;{background}m{piece}\x1b[0m"
+            piece = f"\x1b[{'1;4;' * marked}30;48;5;{background}m{piece}\x1b[0m"
+        elif marked:
+            piece = f"[{piece}]"
         shown.append(piece)
     return ("" if colour else "|").join(shown)
 
@@ -956,6 +1497,16 @@ def inspect(args):
     print(show(tokenizer, ids, sys.stdout.isatty()))
     print(f"{len(text)} characters, {len(text.encode('utf-8', 'replace'))} bytes, "
           f"{len(ids)} tokens:", *ids)
+
+
+def chat(args):
+    tokenizer = Tokenizer.from_pretrained(args.tokenizer)
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text}
+                for n, text in enumerate(args.messages)]
+    ids, mask = render_chat(tokenizer, messages, args.template, args.system,
+                            generation=len(messages) % 2 == 1)
+    print(show(tokenizer, ids, sys.stdout.isatty(), mask))
+    print(f"{len(ids)} tokens, {sum(mask)} of them trained:", *ids)
 
 
 def glitch(tokenizer, texts):
@@ -1061,7 +1612,8 @@ def get_args():
 
     def read(sub):
         sub.add_argument("--tokenizer", default="out/tokenizer",
-                         help="a folder, a file, or a tiktoken name such as gpt2")
+                         help="a folder, a file, a tiktoken name such as gpt2, or org/model of "
+                              "Hugging Face")
         return sub
 
     def allow(sub):
@@ -1092,6 +1644,11 @@ def get_args():
     sub.add_argument("--glitch", action="store_true",
                      help="list the tokens that the text of --files never produces")
     sub.add_argument("--files", nargs="*", default=[], help=library)
+    sub = read(command(chat, "colour the tokens of a chat, the trained ones underlined"))
+    sub.add_argument("messages", nargs="+", help="question, answer, question, ...")
+    sub.add_argument("--template", help=", ".join(CHAT_TEMPLATES) + " (default: the tokenizer's, "
+                                        "else chatml)")
+    sub.add_argument("--system", help="a system message (default: the tokenizer's; '' for none)")
     sub = command(compare, "table several tokenizers on one text")
     sub.add_argument("files", nargs="*", default=[], help=library)
     sub.add_argument("--tokenizers", nargs="+", default=["out/tokenizer"],

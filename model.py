@@ -7,8 +7,9 @@ FLOP accounting, safetensors, run directories, Hugging Face import.
 GPT-2 (Radford et al. 2019) and LLaMA (Touvron et al. 2023) are two points of one `GPTConfig`; so is
 the `nano` default, which trains fastest of the three at equal size (README, "what each line buys").
 
-    python model.py info out/base            # what a run directory holds
-    python model.py info gpt2                # parameters and FLOPs of a preset
+    python model.py info gpt2                           # sizes of a preset, a run or a Hugging Face model
+    python model.py import HuggingFaceTB/SmolLM2-135M --out out/smollm2
+    python model.py export out/base --out hf            # for transformers, vLLM, llama.cpp's converter
 """
 import argparse
 import contextlib
@@ -28,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bpe import BadInput, cli, replace_file
+from bpe import BadInput, Tokenizer, cli, hub, is_hub_name, replace_file
 
 # -----------------------------------------------------------------------------
 # Config
@@ -257,6 +258,11 @@ GATED = {  # act(gate) * up (Shazeer 2020)
 # Positions
 
 
+def rope_theta(c):
+    """The base of the angles; stretching by ntk is another base."""
+    return c.rope_theta * (c.rope_factor ** (c.rope_dim / (c.rope_dim - 2)) if c.rope_scaling == "ntk" else 1.0)
+
+
 def rope_frequencies(c):
     """
     RoFormer's angle a token turns, theta^(-2i/D) for pair i (Su et al. 2021, eq. 15), (D/2,) float32; and
@@ -265,9 +271,7 @@ def rope_frequencies(c):
     1 / factor as fast and the fastest almost as before. yarn, llama3: / factor where r < low, unchanged where r > high,
     and in between a mixture linear in the pair's number (Peng et al. 2023, 3.2) or in r (Llama 3.1).
     """
-    D, theta, low, high = c.rope_dim, c.rope_theta, c.rope_low, c.rope_high
-    if c.rope_scaling == "ntk":
-        theta *= c.rope_factor ** (D / (D - 2))
+    D, theta, low, high = c.rope_dim, rope_theta(c), c.rope_low, c.rope_high
     freq = theta ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
     if c.rope_scaling == "linear":
         return freq / c.rope_factor
@@ -804,14 +808,18 @@ class GPT(nn.Module):
 
     @staticmethod
     def from_pretrained(name_or_dir, device="cpu", dtype=torch.float32):
-        """A model from a run directory of ours or a Hugging Face directory of GPT-2 or LLaMA type."""
+        """A model from a run directory of ours, a Hugging Face directory or hub name, or a llama2.c file."""
         path = Path(name_or_dir)
         if (path / "run.json").exists():
             return load_run(path, device, dtype)[0]
+        if path.is_file() and path.suffix == ".bin":
+            return load_llama2c(path, device, dtype)
+        if not path.exists() and is_hub_name(str(name_or_dir)):
+            path = hub(str(name_or_dir))
         if (path / "config.json").exists():
             return load_hf(path, device, dtype)
         raise BadInput(f"--init {name_or_dir}: no run.json and no config.json there; give a run directory such "
-                       f"as out/base or a Hugging Face directory")
+                       f"as out/base, a Hugging Face directory or a hub name such as gpt2")
 
     @torch.inference_mode()
     def stream(self, prompts, max_new_tokens=100, temperature=1.0, top_k=None, top_p=None, seed=0, pick=None,
@@ -1219,7 +1227,10 @@ def load_run(path, device="cpu", dtype=torch.float32):
 
 
 def build_model(config, tensors, source, device="cpu", dtype=torch.float32):
-    """A GPT that holds `tensors`, every one of the right name and shape; nothing is initialized in between."""
+    """
+    A GPT that holds `tensors`, every one of the right name and shape; nothing is initialized in between.
+    dtype None: as the tensors are.
+    """
     with torch.device("meta"):
         model = GPT(config)
     expected = {name: t.shape for name, t in model.state_dict().items()}
@@ -1228,6 +1239,7 @@ def build_model(config, tensors, source, device="cpu", dtype=torch.float32):
             raise BadInput(f"{source} has no tensor {name}: it is not a model of its config")
         if name not in expected or expected[name] != tensors[name].shape:
             raise BadInput(f"{source} has {name} of shape {list(tensors[name].shape)}, which its config does not")
+    dtype = dtype or tensors["wte.weight"].dtype
     model.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
     for name, table in position_tables(config).items():  # meta until now
         setattr(model, name, table.to(device))
@@ -1244,92 +1256,495 @@ def newest_run(root="out"):
 
 
 # -----------------------------------------------------------------------------
-# Hugging Face: names of theirs for names of ours
+# Hugging Face: config.json and names of tensors, both ways
 
-HF_LLAMA = {"wte": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "norm1": "input_layernorm",
-            "norm2": "post_attention_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
-            "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj", "mlp.gate": "mlp.gate_proj",
-            "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
-HF_GPT2 = {"wte": "wte", "wpe": "wpe", "norm": "ln_f", "norm1": "ln_1", "norm2": "ln_2", "attn.o": "attn.c_proj",
-           "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
+# fields that only have another name, ours: theirs
+LLAMA_FIELDS = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
+                    n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size",
+                    head_dim="head_dim", n_hidden="intermediate_size", norm_eps="rms_norm_eps",
+                    tied="tie_word_embeddings")
+GPT2_FIELDS = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head",
+                   n_embd="n_embd", n_hidden="n_inner", norm_eps="layer_norm_epsilon", tied="tie_word_embeddings")
+GPT1_FIELDS = {ours: theirs for ours, theirs in GPT2_FIELDS.items() if ours != "n_hidden"}
+OPT_FIELDS = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
+                  n_head="num_attention_heads", n_embd="hidden_size", n_hidden="ffn_dim", bias="enable_bias",
+                  embd_dim="word_embed_proj_dim", tied="tie_word_embeddings")
+FALCON_FIELDS = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
+                     n_head="num_attention_heads", n_embd="hidden_size", n_hidden="ffn_hidden_size", bias="bias",
+                     norm_eps="layer_norm_epsilon", tied="tie_word_embeddings")
+BLOOM_FIELDS = dict(vocab_size="vocab_size", block_size="seq_length", n_layer="n_layer", n_head="n_head",
+                    n_embd="hidden_size", norm_eps="layer_norm_epsilon", tied="tie_word_embeddings")
+
+# what config.json calls an activation
+HF_ACT = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu", "relu2": "relu2"}
+HF_GATE = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "relu": "reglu"}
+TO_HF = {ours: theirs for table in (HF_GATE, HF_ACT) for theirs, ours in table.items() if theirs != "swish"}
 
 
-def hf_config(hf):
-    """GPTConfig of a Hugging Face config.json, read as a dict."""
-    if hf.get("model_type") == "gpt2":
-        return GPTConfig(**{**GPT2, "vocab_size": hf["vocab_size"], "block_size": hf["n_positions"],
-                            "n_layer": hf["n_layer"], "n_head": hf["n_head"], "n_embd": hf["n_embd"],
-                            "n_hidden": hf.get("n_inner") or 0, "norm_eps": hf["layer_norm_epsilon"],
-                            "act": {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu"}[hf["activation_function"]],
-                            "tied": hf.get("tie_word_embeddings", True)})
-    if hf.get("model_type") == "llama":
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise BadInput(f"rope scaling {rope} is not supported")
-        theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
-        return GPTConfig(**{**LLAMA, "vocab_size": hf["vocab_size"], "block_size": hf["max_position_embeddings"],
-                            "n_layer": hf["num_hidden_layers"], "n_head": hf["num_attention_heads"],
-                            "n_kv_head": hf.get("num_key_value_heads") or 0, "n_embd": hf["hidden_size"],
-                            "head_dim": hf.get("head_dim") or 0, "n_hidden": hf["intermediate_size"],
-                            "norm_eps": hf["rms_norm_eps"], "rope_theta": theta,
-                            "tied": hf.get("tie_word_embeddings", False)})
-    raise BadInput(f"model_type {hf.get('model_type')!r} of config.json is not supported: gpt2 and llama are")
+def lookup(table, value, what):
+    if value not in table:
+        raise BadInput(f"{what} {value!r} of config.json is not supported: {', '.join(map(str, table))} are")
+    return table[value]
+
+
+def read_rope(hf):
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaling = lookup({"default": "none", "linear": "linear", "yarn": "yarn", "llama3": "llama3"}, kind, "rope_type")
+    if rope.get("mscale") or rope.get("truncate") is False or rope.get("partial_rotary_factor", 1) != 1:
+        raise BadInput(f"rope parameters {rope} of config.json are not supported: plain linear, yarn and llama3 are")
+    low, high = ("beta_slow", "beta_fast") if kind == "yarn" else ("low_freq_factor", "high_freq_factor")
+    return dict(rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))), rope_scaling=scaling,
+                rope_factor=float(rope.get("factor") or 1), rope_low=float(rope.get(low) or 1),
+                rope_high=float(rope.get(high) or 0), rope_attn=float(rope.get("attention_factor") or 0),
+                rope_original=rope.get("original_max_position_embeddings") or 0)
+
+
+def write_rope(c):
+    if c.rope_scaling in ("none", "ntk"):
+        return {"rope_theta": rope_theta(c), "rope_scaling": None}
+    rope = {"rope_type": c.rope_scaling, "factor": c.rope_factor}
+    if c.rope_original:
+        rope["original_max_position_embeddings"] = c.rope_original
+    if c.rope_scaling == "yarn":
+        rope |= {"beta_slow": c.rope_low, "beta_fast": c.rope_high} | \
+            ({"attention_factor": c.rope_attn} if c.rope_attn else {})
+    if c.rope_scaling == "llama3":
+        rope |= {"low_freq_factor": c.rope_low, "high_freq_factor": c.rope_high}
+    return {"rope_theta": c.rope_theta, "rope_scaling": rope}
+
+
+def read_llama(hf):
+    attention = bool(hf.get("attention_bias", False))
+    return read_rope(hf) | dict(act=lookup(HF_GATE, hf.get("hidden_act", "silu"), "hidden_act"), bias=attention,
+                                mlp_bias=bool(hf.get("mlp_bias", False)))
+
+
+def write_llama(c):
+    return write_rope(c) | {"hidden_act": TO_HF.get(c.act), "attention_bias": c.bias, "mlp_bias": c.mlp_bias}
+
+
+def read_mistral(hf):
+    window = hf.get("sliding_window", 4096)
+    return read_llama(hf) | (dict(attn="window", window=window) if window else {}) \
+        | dict(n_kv_head=hf.get("num_key_value_heads", 8))
+
+
+def write_mistral(c):
+    return write_llama(c) | {"sliding_window": c.window if c.attn == "window" else None}
+
+
+def read_qwen2(hf):
+    window, n = hf.get("sliding_window"), hf["num_hidden_layers"]
+    if not (window and hf.get("use_sliding_window")):
+        return read_llama(hf) | dict(qkv_bias=True)
+    full = hf.get("max_window_layers", 28)
+    kinds = hf.get("layer_types") or ["full_attention"] * min(full, n) + ["sliding_attention"] * max(0, n - full)
+    kinds = ["window" if kind == "sliding_attention" else "full" for kind in kinds]
+    attn = kinds[0] if len(set(kinds)) == 1 else ",".join(kinds)
+    return read_llama(hf) | dict(attn=attn, window=window, qkv_bias=True)
+
+
+def write_qwen2(c):
+    kinds = c.attn_kinds
+    return write_llama(c) | {"use_sliding_window": "window" in kinds, "sliding_window": c.window or None,
+                             "max_window_layers": next((i for i, k in enumerate(kinds) if k == "window"), c.n_layer),
+                             "layer_types": ["sliding_attention" if k == "window" else "full_attention" for k in kinds]}
+
+
+def read_qwen3(hf):
+    return read_qwen2(hf) | dict(qkv_bias=None, head_dim=hf.get("head_dim", 128))
+
+
+def read_gpt2(hf):
+    if hf.get("scale_attn_by_inverse_layer_idx") or not hf.get("scale_attn_weights", True):
+        raise BadInput("config.json scales attention by layer, which is not supported")
+    return dict(act=lookup(HF_ACT, hf.get("activation_function", "gelu_new"), "activation_function"))
+
+
+def read_gpt1(hf):  # its "gelu" is the tanh formula
+    return dict(act=lookup({"gelu": "gelu_tanh", "relu": "relu", "silu": "silu"}, hf.get("afn", "gelu"), "afn"))
+
+
+def read_opt(hf):
+    if hf.get("_remove_final_layer_norm") or not hf.get("layer_norm_elementwise_affine", True):
+        raise BadInput("config.json leaves norms or their gains out, which is not supported")
+    return dict(act=lookup(HF_ACT, hf.get("activation_function", "relu"), "activation_function"),
+                place="pre" if hf.get("do_layer_norm_before", True) else "post", norm_eps=1e-5)
+
+
+def read_falcon(hf):
+    new, heads = hf.get("new_decoder_architecture", False), hf["num_attention_heads"]
+    parallel = new or hf.get("parallel_attn", True)
+    two = new and (hf.get("num_ln_in_parallel_attn") or 2) == 2
+    kv = (hf.get("num_kv_heads") or heads) if new else 1 if hf.get("multi_query", True) else heads
+    alibi = dict(pos="alibi", alibi_scale=(hf["hidden_size"] / heads) ** -0.5) if hf.get("alibi") else read_rope(hf)
+    return alibi | dict(act=lookup(HF_ACT, hf.get("activation", "gelu"), "activation"), n_kv_head=kv, norm_bias=True,
+                        place="parallel2" if two else "parallel" if parallel else "pre")
+
+
+def write_falcon(c):
+    new = c.place == "parallel2" or c.n_kv_head not in (1, c.n_head)
+    return write_rope(c) | {
+        "activation": TO_HF.get(c.act), "alibi": c.pos == "alibi", "parallel_attn": c.place.startswith("parallel"),
+        "multi_query": c.n_kv_head == 1, "new_decoder_architecture": new, "num_kv_heads": c.n_kv_head,
+        "num_ln_in_parallel_attn": (2 if c.place == "parallel2" else 1) if new else None}
+
+
+def read_bloom(hf):
+    if hf.get("apply_residual_connection_post_layernorm"):
+        raise BadInput("config.json puts the residual behind the norm, which is not supported")
+    return dict(block_size=hf.get("seq_length", 2048))
+
+
+LLAMA_NAMES = {"wte": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "layer": "model.layers.",
+               "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+               "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
+               "attn.o": "self_attn.o_proj", "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
+               "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
+GPT2_NAMES = {"wte": "transformer.wte", "wpe": "transformer.wpe", "norm": "transformer.ln_f", "head": "lm_head",
+              "layer": "transformer.h.", "norm1": "ln_1", "norm2": "ln_2", "attn.qkv": "attn.c_attn",
+              "attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
+OPT_NAMES = {"wte": "model.decoder.embed_tokens", "wpe": "model.decoder.embed_positions", "head": "lm_head",
+             "embd_in": "model.decoder.project_in", "embd_out": "model.decoder.project_out",
+             "norm": "model.decoder.final_layer_norm", "layer": "model.decoder.layers.",
+             "norm1": "self_attn_layer_norm", "norm2": "final_layer_norm", "attn.q": "self_attn.q_proj",
+             "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj", "attn.o": "self_attn.out_proj",
+             "mlp.up": "fc1", "mlp.down": "fc2"}
+BLOOM_NAMES = {"wte": "transformer.word_embeddings", "embd_norm": "transformer.word_embeddings_layernorm",
+               "norm": "transformer.ln_f", "head": "lm_head", "layer": "transformer.h.", "norm1": "input_layernorm",
+               "norm2": "post_attention_layernorm", "attn.qkv": "self_attention.query_key_value",
+               "attn.o": "self_attention.dense", "mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h"}
+
+# model_type: class of transformers, what the family fixes, its field and tensor names, how the rest is read and
+# written. The order is that in which an export looks for the first family that can say what a config says.
+Family = namedtuple("Family", "cls base fields names read write")
+FAMILIES = {
+    "gpt2": Family("GPT2LMHeadModel", GPT2, GPT2_FIELDS, GPT2_NAMES, read_gpt2,
+                   lambda c: {"activation_function": TO_HF.get(c.act)}),
+    "llama": Family("LlamaForCausalLM", LLAMA, LLAMA_FIELDS, LLAMA_NAMES, read_llama, write_llama),
+    "mistral": Family("MistralForCausalLM", LLAMA, LLAMA_FIELDS, LLAMA_NAMES, read_mistral, write_mistral),
+    "qwen2": Family("Qwen2ForCausalLM", LLAMA, LLAMA_FIELDS, LLAMA_NAMES, read_qwen2, write_qwen2),
+    "qwen3": Family("Qwen3ForCausalLM", dict(LLAMA, qk_norm=True), LLAMA_FIELDS, LLAMA_NAMES, read_qwen3, write_qwen2),
+    "openai-gpt": Family("OpenAIGPTLMHeadModel", GPT1, GPT1_FIELDS,
+                         GPT2_NAMES | {"wte": "transformer.tokens_embed", "wpe": "transformer.positions_embed"},
+                         read_gpt1, lambda c: {"afn": "gelu" if c.act == "gelu_tanh" else TO_HF.get(c.act)}),
+    "opt": Family("OPTForCausalLM", GPT2, OPT_FIELDS, OPT_NAMES, read_opt,
+                  lambda c: {"activation_function": TO_HF.get(c.act), "do_layer_norm_before": c.place == "pre"}),
+    "bloom": Family("BloomForCausalLM", BLOOM, BLOOM_FIELDS, BLOOM_NAMES, read_bloom, lambda c: {}),
+    "falcon": Family("FalconForCausalLM", FALCON, FALCON_FIELDS, BLOOM_NAMES, read_falcon, write_falcon),
+}
+
+
+def from_hf_config(hf):
+    """GPTConfig of a config.json, read as a dict."""
+    family = lookup(FAMILIES, hf.get("model_type"), "model_type")
+    try:
+        same = {ours: hf[theirs] for ours, theirs in family.fields.items()
+                if ours in ("vocab_size", "n_layer", "n_head", "n_embd") or hf.get(theirs) is not None}
+        return GPTConfig(**{**family.base, **same, **family.read(hf)})
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise BadInput(f"config.json of a {hf['model_type']} model lacks or garbles a field ({error!r})") from None
+
+
+def canonical(c):
+    """What of a config decides its logits, as a dict: two ways to say one thing look the same."""
+    d = asdict(c)
+    for name in ("dropout", "init", "attn") + (() if c.attn != "full" else ("window",)):
+        del d[name]
+    if c.rope_scaling == "ntk":
+        d |= {"rope_theta": rope_theta(c), "rope_scaling": "none"}
+    used = {"none": 0, "ntk": 0, "linear": 1}.get(d["rope_scaling"], 6) if c.pos == "rope" else -1
+    for name in ("rope_theta", "rope_factor", "rope_original", "rope_low", "rope_high", "rope_attn")[used + 1:]:
+        del d[name]
+    if c.pos != "rope":
+        del d["rope_dim"], d["rope_scaling"]
+    return d | {"attn_kinds": c.attn_kinds}
+
+
+def to_hf_config(c):
+    """
+    (model_type, config.json as a dict) of the first family that says what c says: what is written is read again and
+    compared. BadInput where none does, with what keeps the nearest family from it.
+    """
+    wrong = []
+    for kind, family in FAMILIES.items():
+        hf = {theirs: getattr(c, ours) for ours, theirs in family.fields.items()}
+        hf |= {"model_type": kind, "architectures": [family.cls]} | family.write(c)
+        ours = canonical(c)
+        try:
+            theirs = canonical(from_hf_config(hf))
+        except BadInput:
+            continue
+        differ = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        if not differ:
+            return kind, hf
+        wrong.append((len(differ), kind, ", ".join(f"{name}={ours.get(name)}" for name in differ)))
+    _, kind, differ = min(wrong)
+    raise BadInput(f"transformers has no architecture for this model: {kind}, the nearest, has no {differ}; train with "
+                   f"--preset gpt2, llama or another family's to export")
+
+
+def split_qkv(t, c, stacked):
+    """
+    q, k, v rows of a fused matrix or bias: one third after the other (GPT-2), or for each key head its query heads,
+    then its key and its value (BLOOM, Falcon).
+    """
+    if stacked:
+        return t.chunk(3)
+    t = t.view(c.n_kv_head, c.n_head // c.n_kv_head + 2, c.head_dim, *t.shape[1:])
+    return tuple(z.reshape(-1, *t.shape[3:]) for z in (t[:, :-2], t[:, -2:-1], t[:, -1:]))
+
+
+def fuse_qkv(parts, c, stacked):
+    if stacked:
+        return torch.cat(parts)
+    parts = [t.view(c.n_kv_head, -1, c.head_dim, *t.shape[1:]) for t in parts]
+    return torch.cat(parts, 1).reshape(-1, *parts[0].shape[3:])
+
+
+def hf_places(kind, c):
+    """For each tensor of ours: (layer prefix of theirs, its name there, its part of a layer or of the whole)."""
+    names = dict(FAMILIES[kind].names)
+    if kind == "falcon" and c.place == "parallel2":
+        names |= {"norm1": "ln_attn", "norm2": "ln_mlp"}
+    with torch.device("meta"):
+        ours = list(GPT(c).state_dict())
+    for name in ours:
+        part, tensor = name.rsplit(".", 1)
+        prefix = ""
+        if part.startswith("blocks."):
+            _, layer, part = part.split(".", 2)
+            prefix = f"{names['layer']}{layer}."
+        fused = part in ("attn.q", "attn.k", "attn.v") and "attn.qkv" in names
+        yield name, f"{prefix}{names['attn.qkv' if fused else part]}.{tensor}", part, fused
+
+
+IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "position_ids")  # buffers of older files
+
+
+def from_hf_tensors(theirs, kind, c, source):
+    """Our state dict from theirs, name -> tensor; every tensor of theirs is used or refused."""
+    def find(name):  # a headless model's file leaves the first word out
+        full = name if name in theirs else name.partition(".")[2]
+        if full not in theirs:
+            raise BadInput(f"{source} has no tensor {name}: it is not the {kind} model of its config.json")
+        unused.discard(full)
+        return theirs[full]
+
+    stacked, unused, tensors = kind in ("gpt2", "openai-gpt"), set(theirs), {}
+    for ours, name, part, fused in hf_places(kind, c):
+        t = find(name)
+        if stacked and part.startswith(("attn.", "mlp.")) and t.dim() == 2:
+            t = t.T  # its Conv1D keeps (in, out)
+        if fused:
+            if t.shape[0] != (c.n_head + 2 * c.n_kv_head) * c.head_dim:
+                raise BadInput(f"{source} has {name} of shape {list(t.shape)}, which its config does not")
+            t = split_qkv(t, c, stacked)["qkv".index(part[-1])]
+        if part == "wpe" and kind == "opt":
+            t = t[2:]  # two rows for padding
+        if part in ("wte", "head") and t.dim() == 2:
+            if t.shape[0] != c.vocab_size:
+                raise BadInput(f"{source} has {name} of {t.shape[0]} rows, its config {c.vocab_size} ids")
+            t = F.pad(t, (0, 0, 0, c.padded_vocab - t.shape[0])) if c.padded_vocab > t.shape[0] else t
+        tensors[ours] = t
+    if c.tied:
+        unused.discard("lm_head.weight")
+    unused = sorted(name for name in unused if not name.endswith(IGNORED))
+    if unused:
+        raise BadInput(f"{source} has tensors that its config does not explain: {', '.join(unused[:3])}"
+                       + (f" and {len(unused) - 3} more" if len(unused) > 3 else ""))
+    return tensors
+
+
+def to_hf_tensors(model, kind):
+    """Their state dict from ours."""
+    c, state, theirs, parts = model.config, model.state_dict(), {}, []
+    stacked = kind in ("gpt2", "openai-gpt")
+    for ours, name, part, fused in hf_places(kind, c):
+        t = state[ours]
+        if part in ("wte", "head"):
+            t = t[:c.vocab_size]
+        if part == "wpe" and kind == "opt":
+            t = F.pad(t, (0, 0, 2, 0))
+        if fused:  # q, k, v of one name follow each other once sorted by kind
+            parts.append((name, t))
+            if sum(n == name for n, _ in parts) < 3:
+                continue
+            t = fuse_qkv([p for n, p in parts if n == name], c, stacked)
+            parts = [p for p in parts if p[0] != name]
+        if stacked and part.startswith(("attn.", "mlp.")) and t.dim() == 2:
+            t = t.T
+        theirs[name] = t
+    return theirs
+
+
+def load_shards(path):
+    """name -> tensor of a folder: model.safetensors, or the files that its index names. Pickles are never read."""
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").exists() or not index.exists():
+        if not (path / "model.safetensors").exists() and (old := [*path.glob("*.bin"), *path.glob("*.pt*")]):
+            raise BadInput(f"{path} holds {old[0].name}, a pickle, which can run code and is never read: convert it to "
+                           f"safetensors first")
+        return load_safetensors(path / "model.safetensors")
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{index} cannot be read ({error!r}): download it again") from None
+    tensors = {}
+    for file in files:
+        if Path(file).name != file or not (path / file).exists():
+            raise BadInput(f"{path} lacks {file}, a shard that its index names: download it again")
+        tensors |= load_safetensors(path / file)
+    missing = sorted(weight_map.keys() - tensors.keys())
+    if missing:
+        raise BadInput(f"{path} lacks tensor {missing[0]}, which its index names: download it again")
+    return tensors
 
 
 def load_hf(path, device="cpu", dtype=torch.float32):
-    """The model of a Hugging Face directory that holds config.json and model.safetensors."""
+    """The model of a Hugging Face directory: config.json and one or more safetensors files."""
     path = Path(path)
-    hf = json.loads((path / "config.json").read_text())
-    config = hf_config(hf)
-    theirs = load_safetensors(path / "model.safetensors")
-    gpt2 = hf["model_type"] == "gpt2"
-    table = HF_GPT2 if gpt2 else HF_LLAMA
+    try:
+        hf = json.loads((path / "config.json").read_text())
+        config = from_hf_config(hf)
+    except (ValueError, AttributeError) as error:
+        if isinstance(error, BadInput):
+            raise BadInput(f"{path}: {error}") from None
+        raise BadInput(f"{path}/config.json cannot be read ({error}): download it again") from None
+    tensors = from_hf_tensors(load_shards(path), hf["model_type"], config, path)
+    return build_model(config, tensors, path, device, dtype)
 
-    def find(name):
-        for full in (name, "transformer." + name):
-            if full in theirs:
-                return theirs[full].float()
-        raise BadInput(f"{path} has no tensor {name}")
 
-    tensors = {}
+def save_hf(out, model, tokenizer=None, dtype=None, shard_bytes=5e9):
+    """Write config.json, safetensors (an index beside them above shard_bytes) and tokenizer.json for transformers."""
+    kind, hf = to_hf_config(model.config)
+    tensors = {name: t if dtype is None else t.to(dtype) for name, t in to_hf_tensors(model, kind).items()}
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    sizes, shards = {name: t.numel() * t.element_size() for name, t in tensors.items()}, [[]]
+    for name in tensors:
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    files = ["model.safetensors"] if len(shards) == 1 else \
+        [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards):
+        save_safetensors({name: tensors[name] for name in names}, out / file, {"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards) for name in names}
+        with replace_file(out / "model.safetensors.index.json", "w") as f:
+            json.dump({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, f, indent=1)
+    if tokenizer is not None:
+        tokenizer.export(out)
+        hf |= {} if tokenizer.eot is None else {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+    hf["dtype"] = hf["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    with replace_file(out / "config.json", "w") as f:
+        json.dump(hf, f, indent=1)
+
+
+def load_llama2c(path, device="cpu", dtype=torch.float32):
+    """A model in llama2.c's version 0 format: seven int32 of sizes, then float32 tensors, kind by kind."""
+    data = torch.from_file(str(path), shared=False, size=os.path.getsize(path) // 4, dtype=torch.float32)
+    if len(data) < 7:
+        raise BadInput(f"{path} is too short for a llama2.c model: copy it again")
+    n_embd, n_hidden, n_layer, n_head, n_kv_head, vocab_size, block_size = data[:7].view(torch.int32).tolist()
+    config = GPTConfig(**LLAMA, vocab_size=abs(vocab_size), block_size=block_size, n_layer=n_layer, n_head=n_head,
+                       n_kv_head=n_kv_head, n_embd=n_embd, n_hidden=n_hidden, tied=vocab_size > 0)
     with torch.device("meta"):
-        names = list(GPT(config).state_dict())
-    for ours in names:
-        layer = ours.split(".")[1] if ours.startswith("blocks.") else None
-        part, kind = ours.removeprefix(f"blocks.{layer}.").rsplit(".", 1)
-        prefix = "" if layer is None else f"h.{layer}." if gpt2 else f"model.layers.{layer}."
-        if gpt2 and part in ("attn.q", "attn.k", "attn.v"):  # one matrix for the three
-            third = ("attn.q", "attn.k", "attn.v").index(part)
-            t = find(f"{prefix}attn.c_attn.{kind}").chunk(3, dim=-1)[third]
-        else:
-            t = find(f"{prefix}{table[part]}.{kind}")
-        if gpt2 and layer is not None and kind == "weight" and t.dim() == 2:
-            t = t.T  # GPT-2 stores (in, out)
-        if part in ("wte", "head"):
-            t = F.pad(t, (0, 0, 0, config.padded_vocab - t.shape[0]))
-        tensors[ours] = t.contiguous()
+        shapes = {name: t.shape for name, t in GPT(config).state_dict().items()}
+    start, tensors = 7, {}
+
+    def take(name):
+        nonlocal start
+        shape = list(shapes[name])
+        shape[0] = min(shape[0], config.vocab_size) if name in ("wte.weight", "head.weight") else shape[0]
+        n = math.prod(shape)
+        t, start = data[start:start + n].view(shape), start + n
+        if name.endswith(("q.weight", "k.weight")):  # its rotary pairs are neighbours, ours half a head apart
+            t = t.view(-1, config.head_dim // 2, 2, n_embd).transpose(1, 2).reshape(shape)
+        tensors[name] = F.pad(t, (0, 0, 0, shapes[name][0] - shape[0])) if t.dim() == 2 else t
+
+    try:
+        take("wte.weight")
+        for part in ("norm1", "attn.q", "attn.k", "attn.v", "attn.o", "norm2", "mlp.gate", "mlp.down", "mlp.up"):
+            for layer in range(n_layer):
+                take(f"blocks.{layer}.{part}.weight")
+        take("norm.weight")
+        start += block_size * config.head_dim  # tables of cosines and sines
+        if not config.tied:
+            take("head.weight")
+    except RuntimeError:
+        raise BadInput(f"{path} is too short for the sizes in its header: copy it again") from None
+    if start != len(data):
+        raise BadInput(f"{path} is not a llama2.c model: its header asks for {4 * start} bytes of {4 * len(data)}")
     return build_model(config, tensors, path, device, dtype)
 
 
 # -----------------------------------------------------------------------------
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["info"])
-    parser.add_argument("name", help="a preset, a run directory or a Hugging Face directory")
-    args = parser.parse_args()
-    if args.name in PRESETS:
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**PRESETS[args.name]))
-    else:
-        model = GPT.from_pretrained(args.name)
+def blank(name):
+    """The model of a preset on the meta device (sizes, no numbers), or that of a directory or hub name."""
+    if name not in PRESETS:
+        return GPT.from_pretrained(name, dtype=None)
+    with torch.device("meta"):
+        return GPT(GPTConfig(**PRESETS[name]))
+
+
+def info(args):
+    model = blank(args.name)
+    default = {f.name: f.default for f in fields(GPTConfig)}
+    for name, value in asdict(model.config).items():
+        print(f"{name:14} {value}" + ("" if value == default[name] else "  *"))
     total, matmul = count_parameters(model)
     T = model.config.block_size
-    for name, value in asdict(model.config).items():
-        print(f"{name:14} {value}")
     print(f"{total:,} parameters, {matmul:,} of them in matrix products; "
-          f"{flops_per_token(model, T):,} training FLOPs a token at T {T}")
+          f"{flops_per_token(model, T):,} training FLOPs a token at T {T}; * not nano's")
+
+
+def params(args):
+    model = blank(args.name)
+    total = count_parameters(model)[0]
+    for name, p in model.named_parameters():
+        print(f"{name:34} {str(tuple(p.shape)):>20} {p.numel():>15,} {p.numel() / total:7.2%} {str(p.dtype)[6:]}")
+    print(f"{'total':34} {'':>20} {total:>15,}")
+
+
+def convert(args):
+    """import: into a run directory of ours; export: into a Hugging Face directory."""
+    model = GPT.from_pretrained(args.name, dtype=None if args.dtype == "auto" else getattr(torch, args.dtype))
+    tokenizer = Tokenizer.from_pretrained(args.name)
+    if args.command == "export":
+        save_hf(args.out, model, tokenizer)
+    else:
+        save_run(args.out, model, {"stage": "import", "step": 0, "metrics": {}, "args": vars(args) | {"run": None},
+                                   "tokenizer": tokenizer.spec()})
+        tokenizer.save(args.out)
+    print(f"{args.out}: {count_parameters(model)[0]:,} parameters in {str(model.wte.weight.dtype)[6:]}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, run, help):
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.add_argument("name", help="preset, run directory, Hugging Face directory or hub name")
+        sub.set_defaults(run=run)
+        return sub
+
+    command("info", info, "the config, parameters and FLOPs")
+    command("params", params, "every parameter with its shape and share")
+    for name, help in (("import", "a Hugging Face model into a run directory that every stage reads"),
+                       ("export", "a run directory into one that transformers, vLLM and llama.cpp's converter read")):
+        sub = command(name, convert, help)
+        sub.add_argument("--out", required=True)
+        sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+                         help="of the weights (default: as they are)")
+    args = parser.parse_args()
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as M
-from bpe import BadInput
-from conftest import ROOT
+from bpe import BadInput, Tokenizer
+from conftest import ROOT, need
 from model import GPT, GPTConfig, KVCache, init_weights
 
 TINY = dict(block_size=64, vocab_size=100, n_layer=2, n_head=4, n_embd=32)
@@ -531,6 +531,26 @@ def test_bad_sampling_settings_are_refused(kwargs, word):
 def test_bad_prompts_are_refused(prompts, word):
     with pytest.raises(BadInput, match=word):
         make().generate(prompts, 2)
+
+
+STORY = """Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, \
+she saw a big, red ball. She wanted to play with it, but it was too high.
+Lily's mom said, "Lily, let's go to the park." Lily was sad and didn't know what to do. She said, "I want to play \
+with your ball, but I can't find it."
+Lily was sad and didn't know what to do. She said, "I'm sorry, Lily. I didn't know what to do."
+Lily didn't want to help her mom, so she"""
+
+
+def test_a_llama2c_model_tells_its_story(tmp_path):
+    """stories260K, greedy, 200 steps: the text that llama2.c's own test expects of its run.c."""
+    model = GPT.from_pretrained(need("models/stories260K.bin")).eval()
+    tokenizer = Tokenizer.from_pretrained(need("models/tok512.bin"))
+    assert tokenizer.decode(model.generate([[1]], 200, temperature=0)[0][0]) == STORY
+    data = need("models/stories260K.bin").read_bytes()
+    for forged in (data[:-4], data[:1000], data[:10], b"\xff" * 100):
+        (tmp_path / "forged.bin").write_bytes(forged)
+        with pytest.raises(BadInput):
+            GPT.from_pretrained(tmp_path / "forged.bin")
 
 
 # --- accounting

@@ -10,6 +10,8 @@ the `nano` default, which trains fastest of the three at equal size (README, "wh
     python model.py info gpt2                           # sizes of a preset, a run or a Hugging Face model
     python model.py import HuggingFaceTB/SmolLM2-135M --out out/smollm2
     python model.py export out/base --out hf            # for transformers, vLLM, llama.cpp's converter
+    python model.py memory gpt2 --micro_batch 32        # bytes a GPU holds, row by row; --params 7.5e9 --gpus 64: ZeRO
+    python model.py flops gpt2 --device H100 --batch 8  # FLOPs, bytes and the least time for them
 """
 import argparse
 import contextlib
@@ -1058,7 +1060,7 @@ def flops_per_token(model, T):
 
 # Dense bf16 peaks, FLOP/s, from the vendors' data sheets; the first name that occurs in the device's wins.
 PEAK_FLOPS = [
-    ("B200", 2250e12), ("GB200", 2500e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12),
+    ("GB200", 2500e12), ("B200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12),
     ("H100", 989e12), ("A100", 312e12), ("A800", 312e12), ("A6000", 155e12), ("A10G", 70e12), ("L40S", 362e12),
     ("L4", 121e12), ("RTX 5090", 209e12), ("RTX 4090", 165e12), ("RTX 3090", 71e12), ("MI300X", 1307e12),
     ("V100", 125e12), ("T4", 65e12),
@@ -1082,6 +1084,419 @@ def peak_memory(device):
     except ImportError:  # Windows has no such count
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# -----------------------------------------------------------------------------
+# Memory of a run. GB are 10^9 bytes; Φ parameters, N data-parallel GPUs, B rows of T tokens in a micro-batch.
+
+# Bytes a parameter: weight, gradient, further float32 copies, a moment of the optimizer; bytes an activation.
+PRECISIONS = {
+    "fp32": (4, 4, 0, 4, 4),
+    "mixed": (2, 2, 4, 4, 2),            # and a float32 master (Micikevicius et al. 2018)
+    "mixed_fp32_grad": (2, 2, 8, 4, 2),  # and a float32 gradient
+    "bf16": (2, 2, 0, 2, 2),
+    "ours": (4, 4, 0, 4, 2),             # train.py: a 16-bit copy is made where a weight is used
+}
+# Bytes a parameter for moments of s bytes; None: the shapes decide. adam8bit (Dettmers et al. 2022) has a
+# float32 scale for each block of 256.
+OPTIMIZERS = {"sgd": lambda s: 0, "momentum": lambda s: s, "adam": lambda s: 2 * s,
+              "adam8bit": lambda s: 2 * (1 + 4 / 256), "adafactor": None, "muon": None}
+# (models that train, models that only run). PPO: actor and critic; reference and reward.
+MODES = {"train": (1, 0), "sft": (1, 0), "lora": (1, 1), "qlora": (1, 1), "infer": (0, 1), "dpo": (1, 1),
+         "ppo": (2, 2), "grpo": (1, 1), "grpo_reward": (1, 2)}
+# Does ZeRO divide weights, gradients, optimizer state by N? FSDP is zero3.
+SHARDED = {"none": (0, 0, 0), "ddp": (0, 0, 0), "zero1": (0, 0, 1), "zero2": (0, 1, 1), "zero3": (1, 1, 1)}
+NF4 = 4 / 8 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, a scale for 64, its own scale for 256
+# Vectors of width n_hidden that act's backward pass and the down projection read.
+ACT_SAVED = {"relu": 1, "relu2": 2, "gelu": 2, "gelu_tanh": 2, "silu": 2, "glu": 3, "bilinear": 3, "reglu": 3,
+             "geglu": 4, "geglu_tanh": 4, "swiglu": 4}
+# Norms of a block; vectors of width C that they and the matrices read, each stored once.
+PLACE_SAVED = {"pre": (2, 4), "post": (2, 4), "deepnorm": (2, 4), "sandwich": (4, 6), "parallel": (1, 2),
+               "parallel2": (2, 3)}
+
+
+def count(shapes):
+    return sum(map(math.prod, shapes.values()))
+
+
+def state_bytes(shapes, optimizer="adam", precision="mixed", parallel="none", gpus=1):
+    """
+    Bytes a GPU of (weights, gradients, optimizer state); shapes {name: shape}, or a number of parameters Φ.
+    Adam in mixed precision is 2 Φ, 2 Φ, K Φ with K = 12: ddp 16 Φ, zero1 4 Φ + 12 Φ/N, zero2 2 Φ + 14 Φ/N,
+    zero3 16 Φ/N (Rajbhandari et al. 2020, 3.1; the layer that zero3 gathers for its product is not counted).
+    Adafactor without momentum (Shazeer & Stern 2018): r + c float32 for a matrix (r, c). Muon: a momentum for
+    the blocks' matrices, Adam elsewhere.
+    """
+    weight, gradient, copies, moment, _ = PRECISIONS[precision]
+    if not isinstance(shapes, dict):
+        if OPTIMIZERS[optimizer] is None:
+            raise BadInput(f"--optimizer {optimizer} keeps a state by shape: give a preset, not --params")
+        shapes = {"": (shapes,)}
+
+    def moments(name, shape):
+        n, matrix = math.prod(shape), len(shape) == 2
+        if optimizer == "adafactor":
+            return 4 * (sum(shape) if matrix else n)
+        if optimizer == "muon":
+            return moment * n * (1 if matrix and name.startswith("blocks.") else 2)
+        return OPTIMIZERS[optimizer](moment) * n
+    n = count(shapes)
+    full = weight * n, gradient * n, copies * n + sum(moments(*item) for item in shapes.items())
+    return tuple(b / gpus if shard else b for b, shard in zip(full, SHARDED[parallel]))
+
+
+def communication(n, parallel, weight=2, gradient=2):
+    """
+    (elements, bytes) a GPU sends a step for n trained parameters; a ring's reduce-scatter or all-gather of Φ
+    elements sends (N - 1)/N Φ, here Φ. ddp 2 Φ: an all-reduce is both. zero1, zero2 2 Φ: gradients scatter,
+    new weights gather. zero3 3 Φ: weights gather for the forward pass and for the backward (Rajbhandari et
+    al. 2020, 7).
+    """
+    scatters, gathers = int(parallel != "none"), {"none": 0, "zero3": 2}.get(parallel, 1)
+    gathered = gradient if parallel == "ddp" else weight
+    return (scatters + gathers) * n, (scatters * gradient + gathers * gathered) * n
+
+
+def block_activations(c, size):
+    """
+    What autograd keeps of one eager block from forward to backward, `size` bytes an activation: rows (what,
+    bytes a token, how many of them with --recompute selective, does tensor parallelism split them?). Adds,
+    rotations and products with constants keep nothing, FlashAttention (Dao 2023) the log-sum-exp of a row of
+    scores; masks and T5's bias are not counted. GPT-2's block is 32 C + 4 H + 16 bytes; Korthikanti et al.
+    2023 count 34 C + 5 H T with scores and dropout masks.
+    """
+    C, A, K, gated = c.n_embd, c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.act in GATED
+    (norms, vectors), stats = PLACE_SAVED[c.place], norm_stats(c)
+    outer = (vectors + c.resid_mix) * C * size + norms * stats
+    rows = [("norms, residual", outer, outer, False),
+            ("q k v", (A + 2 * K) * size, 0, True),
+            ("attention out", A * size + 4 * c.n_head, 0, True),
+            ("q k before norm", c.qk_norm * ((A + K) * size + stats * (c.n_head + c.n_kv_head)), 0, True),
+            (f"mlp, {c.act}", *(n * c.n_hidden * size for n in (ACT_SAVED[c.act], 1 + gated)), True),
+            ("dropout masks", bool(c.dropout) * 2 * C, bool(c.dropout) * 2 * C, False)]
+    return [row for row in rows if row[1]]
+
+
+def norm_stats(c):
+    """Bytes a norm keeps of a row: float32 mean and 1/deviation, or the latter alone."""
+    return 4 if c.norm.startswith("rms") else 8
+
+
+def outer_activations(c, size):
+    """Bytes a token kept (before the blocks, after them): ids, embedding, dropout's mask; last norm."""
+    C, E = c.n_embd, (c.embd_dim != c.n_embd) * c.embd_dim  # E: factorized
+    first = 8 + c.embd_norm * (C * size + norm_stats(c)) + E * size + bool(c.dropout) * C
+    return first, (c.place not in ("post", "deepnorm")) * (C * size + norm_stats(c)) + bool(E) * C * size
+
+
+def loss_bytes(c, tokens, size, weight=4, trained=True, tp=1, chunk=0):
+    """
+    (most bytes while LinearCrossEntropy runs, bytes it keeps: the gradients of x (tokens, E) and W (V', E),
+    of size and weight bytes). A chunk's logits, softmax, one-hot and difference are float32 at once, 16 bytes
+    a logit; a later chunk stands beside the logits or the gradient of the one before.
+    """
+    V, E, chunk = c.padded_vocab / tp, c.embd_dim, chunk or max(1, 2 ** 28 // c.padded_vocab)
+    n, later = min(chunk, tokens), max(0, min(chunk, tokens - chunk))
+    x, dw, cast = tokens * E * size, trained * weight * V * E, (size != weight) * size * V * E
+    logits = V * max(16 * n, (4 + size) * n + 8 * later, size * n + 16 * later) + (dw if later else 0)
+    adding = V * (4 + size) * n + trained * cast + (3 if later else 1) * dw
+    return cast + 2 * x + max(logits, adding), x + dw
+
+
+def kv_cache_bytes(c, batch, tokens, size=2):
+    """2 L H_kv D T B size: keys and values of every layer."""
+    return 2 * c.n_layer * c.n_kv_head * c.head_dim * tokens * batch * size
+
+
+def meta_model(config):
+    """The model without storage: parameters to count."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def lora_shapes(model, rank, targets="q,v"):
+    """Shapes of A (r, in) and B (out, r) for each Linear of the blocks that targets names, Hu et al. 2021."""
+    linears = {name: m.weight.shape for name, m in model.blocks.named_modules() if isinstance(m, nn.Linear)}
+    known = sorted({name.rsplit(".", 1)[-1] for name in linears})
+    wanted = known if targets == "all" else targets.split(",")
+    if rank < 1:
+        raise BadInput(f"--lora_rank {rank}: modes lora and qlora need the adapters' rank, for example 8")
+    if not set(wanted) <= set(known):
+        raise BadInput(f"--lora_targets {targets}: this model has {', '.join(known)}; or say all")
+    chosen = {name: shape for name, shape in linears.items() if name.rsplit(".", 1)[-1] in wanted}
+    return ({f"{name}.A": (rank, into) for name, (_, into) in chosen.items()} |
+            {f"{name}.B": (out, rank) for name, (out, _) in chosen.items()})
+
+
+def stage_shapes(model, tp=1, pp=1, stage=0):
+    """
+    {name: shape} that a GPU of pipeline stage 0 … pp - 1 holds; tp splits each matrix of blocks, embedding
+    and head (Megatron-LM, Shoeybi et al. 2019), not vectors and positions. A tied embedding stands at both
+    ends.
+    """
+    shapes = {}
+    for name, p in model.named_parameters():
+        block = int(name.split(".")[1]) * pp // len(model.blocks) if name.startswith("blocks.") else 0
+        late = name.startswith(("norm.", "head.", "embd_out.", "scalar_head."))
+        copy = name == "wte.weight" and model.head is None and stage == pp - 1
+        if stage == (pp - 1 if late else block) or copy:
+            split = p.dim() == 2 and name.startswith(("blocks.", "wte.", "head."))
+            shapes[name] = (p.shape[0] / tp if split and tp > 1 else p.shape[0], *p.shape[1:])
+    return shapes
+
+
+def memory_plan(args, c=None, parallel="none", stage=0):
+    """
+    Rows (what, bytes on one GPU, when, formula); args as of add_memory_flags, c a GPTConfig, None with
+    --params. `when` has l for the loss (every activation; gradients only of earlier micro-batches), b for the
+    start of the backward pass, s for its end and the optimizer's step; cpu: not on the GPU. moment_bytes adds
+    them up. A coarser rule in use is 16 Φ + 2 · batch · activations.
+    """
+    check_plan(args, c)
+    precision = args.precision or ("mixed" if c is None else "ours")
+    weight, gradient, _, _, size = PRECISIONS[precision]
+    lora, (trains, runs) = "lora" in args.mode, MODES[args.mode]
+    shared = args.tp * args.pp
+    if c is None:
+        base = trained = {"": (args.params / shared,)}
+    else:
+        model = meta_model(c)
+        base = trained = stage_shapes(model, args.tp, args.pp, stage)
+    if lora:
+        adapters = lora_shapes(model, args.lora_rank, args.lora_targets)
+        trained = {name: (out / shared, into) for name, (out, into) in adapters.items()}
+    n, phi = count(base), "adapters" if lora else "Φ"
+    matrices = {name: s for name, s in base.items() if len(s) == 2 and name.startswith("blocks.")}
+    states = trained if c else args.params / shared
+    W, G, O = (trains * b for b in state_bytes(states, args.optimizer, precision, parallel, args.gpus))
+    update = "cpu" if args.offload else "lbs"
+    K = state_bytes(states, args.optimizer, precision)[2] / count(trained)
+    frozen, bits = runs * size * n, f"{runs} x {size} Φ; zero3: / N"
+    if args.mode == "qlora":
+        frozen, bits = NF4 * count(matrices) + size * (n - count(matrices)), f"{8 * NF4:.3f} bits in blocks"
+    gradients = "cpu" if args.offload else "lbs" if args.accumulate > 1 else "s"
+    rows = [("weights", W, "lbs", f"{trains} x {weight} {phi}; zero3: / N"),
+            ("gradients", G, gradients, f"{trains} x {gradient} {phi}; zero2, zero3: / N"),
+            ("optimizer state", O, update, f"{trains} x {K:.3g} {phi}; zero1-3: / N"),
+            ("frozen weights", frozen / (args.gpus if parallel == "zero3" else 1), "lbs", bits)]
+    if args.mode == "qlora":
+        largest = max(map(math.prod, matrices.values()))
+        rows.append(("dequantized matrix", size * largest, "lb", f"{size} bytes of the largest"))
+    if c is None:
+        return rows
+
+    T, layers, last = args.block_size or c.block_size, c.n_layer // args.pp, stage == args.pp - 1
+    tokens = trains * args.micro_batch * T * (2 if args.mode == "dpo" else 1)  # dpo: chosen and rejected
+    if args.cache_tokens or not trains:
+        cache = kv_cache_bytes(c, args.batch or args.micro_batch, args.cache_tokens or T, size)
+        rows.append(("KV cache", cache / args.pp / min(args.tp, c.n_kv_head), "lbs",
+                     f"2 · {c.n_layer} layers · {c.n_kv_head} heads · {c.head_dim} · tokens · rows · {size}"))
+    if not trains:
+        logits = last * args.micro_batch * c.padded_vocab * (4 + size) / args.tp
+        return rows + [("logits", logits, "l", "of a step, 16-bit and float32")]
+    if precision == "ours" and not lora:
+        casts = trains * size * c.share * count(matrices) / (layers if args.recompute == "block" else 1)
+        rows.append(("cast copies", casts, "lb", f"{size} bytes a block's matrix weight, for the backward"))
+    terms = block_activations(c, size)
+    if lora:  # the input of each B
+        width = size * args.lora_rank * sum(name.endswith(".A") for name in adapters) // len(model.blocks)
+        terms.append(("adapters", width, width, False))
+    outside, again = args.tp if args.sequence_parallel else 1, 0
+    flight = min(args.pp - stage, args.micro_batches or args.pp)  # 1F1B (Narayanan et al. 2019)
+    for what, full, thin, inside in terms:
+        keep = {"none": full, "selective": thin, "block": 0}[args.recompute]
+        part = args.tp if inside else outside
+        rows.append((f"  {what}", keep * tokens * layers * flight / part, "lb",
+                     f"{keep:,} bytes · {layers} layers · {tokens:,} tokens · {flight} in flight"))
+        again += (full - keep) * tokens / part
+    if args.recompute == "block":
+        inputs = c.n_embd * size * tokens * layers * flight / outside
+        rows.append(("  block inputs", inputs, "lb", f"{size} C a layer and token"))
+    first, final = outer_activations(c, size)
+    rows.append(("  outside blocks", tokens * (first * flight * (stage == 0) + final * last) / outside, "lb",
+                 "ids, embedding, last norm"))
+    peak, kept = loss_bytes(c, tokens / trains, size, size if lora else weight, not lora, args.tp)
+    peak, kept = peak * last, kept * last
+    wide = 3 if c.act in GATED or c.act == "relu2" else 1  # vectors the MLP's gradients take, less the freed
+    mlp = tokens * (wide * size * c.n_hidden / args.tp - last * final)
+    return rows + [("recomputed", again, "b", "one block"),
+                   ("head and loss", peak, "l", "16 bytes a logit of a chunk, gradients of x and W"),
+                   ("gradients on the way", max(2 * kept, kept + mlp), "b", "head, then last MLP")]
+
+
+def moment_bytes(rows):
+    """{moment: bytes} of memory_plan's rows; the largest is what the GPU needs."""
+    if not rows[1][1]:  # no gradients
+        return {"decoding": sum(row[1] for row in rows)}
+    names = {"l": "loss", "b": "backward pass", "s": "step"}
+    return {name: sum(b for _, b, when, _ in rows if letter in when) for letter, name in names.items()}
+
+
+def check_plan(args, c):
+    """Refuse what no cluster can do; c is None with --params."""
+    for name in ("gpus", "tp", "pp", "micro_batch", "batch", "block_size", "accumulate"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise BadInput(f"--{name} {getattr(args, name)} is not a positive number: use 1 or more")
+    if c is None:
+        if not args.params or args.params <= 0:
+            raise BadInput("nothing to plan: give a preset's name, or --params 7e9")
+        if "lora" in args.mode:
+            raise BadInput(f"--mode {args.mode} counts adapters by shape: give a preset, not --params")
+    elif c.n_head % args.tp:
+        raise BadInput(f"--tp {args.tp} does not divide the {c.n_head} heads, by which attention is split")
+    elif (c.n_layer // c.share) % args.pp:
+        raise BadInput(f"--pp {args.pp} does not divide the {c.n_layer // c.share} layers of the model")
+
+
+def preset(name):
+    if name not in PRESETS:
+        raise BadInput(f"{name!r} is no preset: choose one of {', '.join(PRESETS)}")
+    return GPTConfig(**PRESETS[name])
+
+
+def add_memory_flags(parser):
+    add = parser.add_argument
+    add("name", nargs="?", help=f"a preset: {', '.join(PRESETS)}")
+    add("--params", type=float, help="instead, a bare number of parameters such as 7.5e9: no activations")
+    add("--mode", default="train", choices=list(MODES))
+    add("--precision", choices=list(PRECISIONS), help="(default: ours; mixed with --params)")
+    add("--optimizer", default="adam", choices=list(OPTIMIZERS))
+    add("--micro_batch", type=int, default=8, help="rows of a forward pass (dpo: pairs)")
+    add("--accumulate", type=int, default=1, help="micro-batches a step; from 2 on, gradients wait meanwhile")
+    add("--block_size", type=int, help="T (default: the preset's)")
+    add("--recompute", default="none", choices=["none", "selective", "block"],
+        help="in the backward pass: attention and the MLP's activation, or all but the blocks' inputs")
+    add("--parallel", choices=[*SHARDED, "fsdp"], help="(default: with --gpus, all side by side)")
+    add("--gpus", type=int, default=1, help="N that share the batch")
+    add("--tp", type=int, default=1, help="GPUs that share each matrix")
+    add("--sequence_parallel", action="store_true", help="and norms and residuals")
+    add("--pp", type=int, default=1, help="GPUs that share the layers, 1F1B")
+    add("--micro_batches", type=int, default=0, help="of a pipeline (default: at least pp)")
+    add("--offload", action="store_true", help="gradients, optimizer state in main memory (Ren et al. 2021)")
+    add("--lora_rank", type=int, default=0)
+    add("--lora_targets", default="q,v", help="of q, k, v, o, gate, up, down; or all")
+    add("--cache_tokens", type=int, default=0, help="places of the KV cache (default: T with --mode infer)")
+    add("--batch", type=int, help="rows of the cache (default: micro_batch)")
+
+
+def memory(args):
+    """Print the plan: a row for what is held, a column for each way to share it among --gpus."""
+    c = preset(args.name) if args.name else None
+    given = "zero3" if args.parallel == "fsdp" else args.parallel
+    columns = [given] if given else list(SHARDED)[1:] if args.gpus > 1 else ["none"]
+    plans = []
+    for column in columns:  # of a pipeline, the fuller of its ends
+        ends = [memory_plan(args, c, column, stage) for stage in sorted({0, max(0, args.pp - 1)})]
+        plans.append(max(ends, key=lambda rows: max(moment_bytes(rows).values())))
+    table = {what: ([b], when, formula) for what, b, when, formula in plans[0]}
+    for what, b, *_ in (row for rows in plans[1:] for row in rows):
+        table[what][0].append(b)
+    moments = [moment_bytes(rows) for rows in plans]
+    activations = [sum(b for what, b, *_ in rows if what[0] == " ") for rows in plans]
+    table["= activations"] = activations, "", "sum of the indented rows"
+    train = "decoding" not in moments[0]
+    for name in moments[0]:
+        table[f"= {name}"] = [m[name] for m in moments], "", f"sum of the rows with {name[0]}" * train
+    largest = [max(m.values()) for m in moments]
+    table["TOTAL"] = largest, "", f"the largest: {', '.join(f'{b / 2 ** 30:.2f}' for b in largest)} GiB"
+    print(f"{'GB (1e9 bytes) a GPU':22}" + "".join(f"{column:>10}" for column in columns) + "  when formula")
+    for what, (sizes, when, formula) in table.items():
+        if any(sizes):
+            print(f"{what:22}" + "".join(f"{b / 1e9:10.3f}" for b in sizes) + f"  {when:4} {formula}")
+    precision = PRECISIONS[args.precision or ("mixed" if c is None else "ours")]
+    n = plans[0][0][1] / precision[0] * (args.gpus if columns[0] == "zero3" else 1)
+    sent = [communication(n, column, *precision[:2]) for column in columns]
+    if any(b for _, b in sent):
+        print(f"{'sent a step':22}" + "".join(f"{b / 1e9:10.3f}" for _, b in sent)
+              + f"       elements: {', '.join(f'{elements / n:.0f} Φ' for elements, _ in sent)}")
+    if c and args.tp * args.pp > 1:
+        edge = args.micro_batch * (args.block_size or c.block_size) * c.n_embd * precision[4] / 1e9
+        inside, between = 8 * c.n_layer / args.pp * edge * (args.tp > 1), 2 * edge * (args.pp > 1)
+        print(f"and a micro-batch {inside:.3f} GB inside its tensor group (4 all-reduces a layer of B T C), "
+              f"{between:.3f} GB to and from the next stage")
+
+
+# -----------------------------------------------------------------------------
+# FLOPs, and the time a device needs at best
+
+# Memory, bytes/s, of the devices of PEAK_FLOPS, from the same data sheets; A100 and A800 of 80 GB.
+BANDWIDTH = {
+    "B200": 8e12, "GB200": 8e12, "H200": 4.8e12, "H100 PCIe": 2e12, "H100 NVL": 3.9e12, "H100": 3.35e12,
+    "A100": 2e12, "A800": 2e12, "A6000": 0.768e12, "A10G": 0.6e12, "L40S": 0.864e12, "L4": 0.3e12,
+    "RTX 5090": 1.792e12, "RTX 4090": 1.008e12, "RTX 3090": 0.936e12, "MI300X": 5.3e12, "V100": 0.9e12,
+    "T4": 0.32e12,
+}
+
+
+def device_rates(name):
+    """(dense bf16 FLOP/s, bytes/s) of a device, by its name in PEAK_FLOPS or a part of it: "H100", "4090"."""
+    peaks = dict(PEAK_FLOPS)
+    named = [known for known in peaks if name.lower() == known.lower()]
+    named += [known for known in peaks if name and name.lower() in known.lower()]
+    if not named:
+        raise BadInput(f"--device {name!r} is unknown: choose one of {', '.join(peaks)}")
+    return peaks[named[0]], BANDWIDTH[named[0]]
+
+
+def least_time(flops, moved, device):
+    """(seconds of arithmetic, seconds of traffic, the longer): a roofline (Williams et al. 2009)."""
+    peak, bandwidth = device_rates(device)
+    return flops / peak, moved / bandwidth, "compute" if flops / peak > moved / bandwidth else "memory"
+
+
+def roofline(m, k, n, device):
+    """(m, k) x (k, n), 16-bit: (2 m k n FLOPs, seconds, 2 (m k + k n + m n) bytes, seconds, the longer)."""
+    flops, moved = 2 * m * k * n, 2 * (m * k + k * n + m * n)
+    compute, traffic, longer = least_time(flops, moved, device)
+    return flops, compute, moved, traffic, longer
+
+
+def products(c, B, T, keys):
+    """
+    {name: (FLOPs, bytes)} of a forward pass over B rows of T new tokens that see `keys` places each, in 16
+    bits. Every key counts although training's mask needs half; scores stay on the chip: attention moves q, k,
+    v and y.
+    """
+    model, sums = meta_model(c), {}
+    linears = [(name, m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    for name, (out, into) in linears + ([("head", model.wte.weight.shape)] if c.tied else []):
+        times, kind = c.share if name.startswith("blocks.") else 1, name.rsplit(".", 1)[-1]
+        old = sums.get(kind, (0, 0))
+        sums[kind] = (old[0] + times * 2 * B * T * into * out,
+                      old[1] + times * 2 * (B * T * (into + out) + into * out))
+    width = 4 * c.n_layer * B * c.head_dim
+    return sums | {"attention": (width * c.n_head * T * keys, width * (c.n_head * T + c.n_kv_head * keys))}
+
+
+def add_flops_flags(parser):
+    parser.add_argument("name", help=f"a preset: {', '.join(PRESETS)}")
+    parser.add_argument("--device", default="A100", help=f"one of {', '.join(dict(PEAK_FLOPS))}")
+    parser.add_argument("--batch", type=int, default=1, help="rows")
+    parser.add_argument("--block_size", type=int, help="T, trained on or cached (default: the preset's)")
+
+
+def flops(args):
+    """Print FLOPs, bytes and least time, product by product, of the forward pass and of decoding."""
+    c, B = preset(args.name), args.batch
+    T, (peak, bandwidth) = args.block_size or c.block_size, device_rates(args.device)
+    if B < 1 or T < 1:
+        raise BadInput(f"--batch {B} and --block_size {T} must be positive numbers")
+    model = meta_model(c)
+    (total, matmul), token = count_parameters(model), flops_per_token(model, T)
+    print(f"{total:,} parameters, N = {matmul:,} of them in products; FLOPs a token:\n"
+          f"{token:,} in training, 6 N + 12 L H D T; {token // 3:,} forward, or decoded after T others\n"
+          f"{args.device}: {peak / 1e12:g} TFLOP/s, {bandwidth / 1e12:g} TB/s: memory bounds what has fewer "
+          f"than {peak / bandwidth:.0f} FLOPs a byte")
+    for title, new in ((f"forward, {B} x {T} tokens", T), (f"decode {B} x 1, cache {T}", 1)):
+        rows = products(c, B, new, T)
+        rows["sum"] = [sum(column) for column in zip(*rows.values())]
+        print(f"\n{title:28}{'FLOPs':>11}{'bytes':>11}{'FLOPs/byte':>12}{'compute ms':>12}{'memory ms':>12}")
+        for name, (work, moved) in rows.items():
+            compute, traffic, longer = least_time(work, moved, args.device)
+            print(f"{name:28}{work:11.4g}{moved:11.4g}{work / moved:12.1f}"
+                  f"{compute * 1e3:12.4f}{traffic * 1e3:12.4f}  {longer}")
+        classical = c.n_layer * B * new * (24 * c.n_embd ** 2 + 4 * c.n_embd * T)
+        print(f"{'24 b s d² + 4 b s d · keys':28}{classical:11.4g}  all blocks, if they are a plain GPT's")
 
 
 # -----------------------------------------------------------------------------
@@ -1687,10 +2102,7 @@ def load_llama2c(path, device="cpu", dtype=torch.float32):
 
 def blank(name):
     """The model of a preset on the meta device (sizes, no numbers), or that of a directory or hub name."""
-    if name not in PRESETS:
-        return GPT.from_pretrained(name, dtype=None)
-    with torch.device("meta"):
-        return GPT(GPTConfig(**PRESETS[name]))
+    return meta_model(preset(name)) if name in PRESETS else GPT.from_pretrained(name, dtype=None)
 
 
 def info(args):
@@ -1743,6 +2155,10 @@ def main():
         sub.add_argument("--out", required=True)
         sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
                          help="of the weights (default: as they are)")
+    for run, add_flags in ((memory, add_memory_flags), (flops, add_flops_flags)):
+        sub = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        add_flags(sub)
+        sub.set_defaults(run=run)
     args = parser.parse_args()
     args.run(args)
 

@@ -93,8 +93,11 @@ def replace_file(path, mode="wb"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
-        raise BadInput(f"{path} could not be written ({error.strerror}): free some space or give "
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
+        if not isinstance(cause, OSError):
+            raise
+        raise BadInput(f"{path} could not be written ({cause.strerror}): free some space or give "
                        "another --out; what was saved before is untouched") from error
     finally:
         with contextlib.suppress(OSError):  # mostly: it has taken its place and is no longer here

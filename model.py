@@ -169,6 +169,7 @@ BLOOM = dict(GPT2, pos="alibi", embd_norm=True)
 
 PRESETS = {
     "nano": dict(),
+    "speedrun": dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=6, n_embd=768),  # nano at GPT-2's size
     "gpt1": dict(GPT1, n_layer=12, n_head=12, n_embd=768),
     "gpt2": dict(GPT2, n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(GPT2, n_layer=24, n_head=16, n_embd=1024),
@@ -587,7 +588,13 @@ def init_weights(model, seed=0):
 # Loss: cross-entropy of a linear head, chunk by chunk, so that the (N, V) logits never exist at once
 
 
-LOSS_CHUNK = 2 ** 28  # logits
+def loss_chunk(width, fused):
+    """Rows whose logits exist at once: 4 GB of them and their softmax in float32, or 2 GB in place."""
+    return max(1, (2 ** 30 if fused else 2 ** 28) // width)
+
+
+def fused_loss(x, softcap):
+    return triton is not None and x.is_cuda and x.dtype != torch.float32 and not softcap
 
 
 def cap(logits, softcap):
@@ -604,7 +611,7 @@ def chunk_cross_entropy(x, weight, targets, vocab_size, softcap):
 
 def loss_gradient(x, weight, targets, vocab_size, softcap):
     """Loss of each row of the logits x Wᵀ and its gradient by them, softmax - onehot, (n, V') in x's dtype."""
-    if triton is not None and x.is_cuda and x.dtype != torch.float32 and not softcap:
+    if fused_loss(x, softcap):
         logits = x @ weight.T
         losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
         triton_loss_gradient[(len(logits),)](logits, targets, losses, vocab_size, logits.shape[1], BLOCK=2048)
@@ -662,6 +669,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 # on a GPU, the product's own float32 sums
                 d = torch.mm(grad.T, xi, out_dtype=weight.dtype) if wide else (grad.T @ xi).to(weight.dtype)
                 dw = d if dw is None else dw.add_(d)
+            del grad  # before the next chunk's
         ctx.save_for_backward(torch.cat(dx), dw)
         return total
 
@@ -675,9 +683,9 @@ def linear_cross_entropy(x, weight, targets, vocab_size, reduction="mean", softc
     """
     Cross-entropy of the logits x Wᵀ, in nats. x (N, C), weight (V', C) with V' ≥ vocab_size rows, targets (N,)
     of ids or -100 (ignored). reduction: "mean" over the targets that count, "sum", or "none" -> (N,).
-    softcap: see GPTConfig. chunk: rows at a time; 0 makes a chunk of LOSS_CHUNK logits.
+    softcap: see GPTConfig. chunk: rows at a time; 0: see loss_chunk.
     """
-    chunk = chunk or max(1, LOSS_CHUNK // weight.shape[0])
+    chunk = chunk or loss_chunk(weight.shape[0], fused_loss(x, softcap))
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if needs_grad and reduction != "none":
         total = LinearCrossEntropy.apply(x, weight, targets, vocab_size, softcap, chunk)
@@ -1295,17 +1303,16 @@ def loss_bytes(c, tokens, size, weight=4, trained=True, tp=1, chunk=0, fused=Non
     """
     (most bytes while LinearCrossEntropy runs, bytes it keeps: the gradients of x (tokens, E) and W (V', E), of size and
     weight bytes). fused, as in 16 bits on a GPU: a chunk's logits become their gradient in place. Else its logits,
-    softmax, one-hot and difference are float32 at once, 16 bytes a logit. A later chunk stands beside the gradient of
-    the one before.
+    softmax, one-hot and difference are float32 at once, 16 bytes a logit.
     """
     fused = size == 2 and not c.softcap if fused is None else fused
-    V, E, chunk = c.padded_vocab / tp, c.embd_dim, chunk or max(1, LOSS_CHUNK // c.padded_vocab)
+    V, E, chunk = c.padded_vocab / tp, c.embd_dim, chunk or loss_chunk(c.padded_vocab, fused)
     n, later = min(chunk, tokens), max(0, min(chunk, tokens - chunk))
     x, dw, cast = tokens * E * size, trained * weight * V * E, (size != weight) * size * V * E
     if fused:
-        return cast + 2 * x + size * V * (n + later) + (2 if later else 1) * dw, x + dw
-    logits = V * max(16 * n, (4 + size) * n + 8 * later, size * n + 16 * later) + (dw if later else 0)
-    adding = V * (4 + size) * n + trained * cast + (3 if later else 1) * dw
+        return cast + 2 * x + size * V * n + (2 if later else 1) * dw, x + dw
+    logits = 16 * V * n + (dw if later else 0)
+    adding = size * V * n + trained * cast + (3 if later else 1) * dw
     return cast + 2 * x + max(logits, adding), x + dw
 
 

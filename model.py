@@ -513,8 +513,8 @@ CHOICES = {"norm": NORMS, "act": ACTIVATIONS | GATED, "init": INIT, "attn": ("fu
 
 
 @torch.no_grad()
-def init_weights(model, seed=0):
-    """Fill every parameter by the rows of INIT[config.init]; the same on every device and rank."""
+def init_weights(model, seed=0, scale=1.0):
+    """Fill every parameter by the rows of INIT[config.init], deviations times scale; the same everywhere."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         rule = next((rule for part, rule in INIT[model.config.init] if part in f".{name}."), None)
@@ -523,7 +523,7 @@ def init_weights(model, seed=0):
         if isinstance(rule, float):
             p.fill_(rule)
         else:
-            p.copy_(torch.randn(p.shape, generator=generator) * rule(p.shape, model.config))
+            p.copy_(torch.randn(p.shape, generator=generator) * (rule(p.shape, model.config) * scale))
 
 
 # -----------------------------------------------------------------------------
@@ -534,30 +534,39 @@ def cap(logits, softcap):
     return softcap * (logits / softcap).tanh() if softcap else logits
 
 
-def chunk_cross_entropy(x, weight, targets, vocab_size, softcap):
-    """-log p(target) of each row (0 where target is -100) and the logits, float32. x (n, C), weight (V', C)."""
+def chunk_cross_entropy(x, weight, targets, vocab_size, softcap, z_loss=0.0):
+    """
+    -log p(target) + z_loss · log²Z of each row (0 where target is -100), the logits and log Z (None without z_loss),
+    float32. x (n, C), weight (V', C).
+    """
     logits = cap((x @ weight.T).float(), softcap)
     if weight.shape[0] > vocab_size:  # padding ids do not take part
         logits = logits.masked_fill(torch.arange(weight.shape[0], device=x.device) >= vocab_size, -math.inf)
-    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none"), logits
+    loss, log_z = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none"), None
+    if z_loss:
+        log_z = logits.logsumexp(-1)
+        loss = loss + z_loss * log_z.square() * (targets != -100)
+    return loss, logits, log_z
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """
     Summed cross-entropy whose gradients are formed in the forward pass, while a chunk's logits are at hand:
         G = softmax(x Wᵀ) - onehot(target),    dL/dx = G W,    dL/dW = Gᵀ x
-    (G times 1 - (logits / cap)² where the logits are capped). The backward pass only scales them: no (N, V) tensor
-    is stored and no product is computed twice.
+    (softmax times 1 + 2 z log Z with a z-loss; G times 1 - (logits / cap)² where the logits are capped). The backward
+    pass only scales them: no (N, V) tensor is stored and no product is computed twice.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, softcap, chunk):
+    def forward(ctx, x, weight, targets, vocab_size, softcap, chunk, z_loss):
         w, ids = weight.to(x.dtype), torch.arange(weight.shape[0], device=x.device)
         total, dx, dw = 0.0, [], 0.0
         for xi, ti in zip(x.split(chunk), targets.split(chunk)):
-            loss, logits = chunk_cross_entropy(xi, w, ti, vocab_size, softcap)
-            ti = ti.unsqueeze(1)
-            grad = (logits.softmax(-1) - (ids == ti).float()) * (ti != -100)
+            loss, logits, log_z = chunk_cross_entropy(xi, w, ti, vocab_size, softcap, z_loss)
+            ti, p = ti.unsqueeze(1), logits.softmax(-1)
+            if z_loss:
+                p = p * (1 + 2 * z_loss * log_z.unsqueeze(1))
+            grad = (p - (ids == ti).float()) * (ti != -100)
             if softcap:  # padding logits are -inf, their gradient 0
                 grad = grad * (1 - (logits / softcap).clamp(min=-1).square())
             grad = grad.to(x.dtype)
@@ -570,22 +579,23 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx * grad, None if dw is None else dw * grad, None, None, None, None
+        return dx * grad, None if dw is None else dw * grad, None, None, None, None, None
 
 
-def linear_cross_entropy(x, weight, targets, vocab_size, reduction="mean", softcap=0.0, chunk=0):
+def linear_cross_entropy(x, weight, targets, vocab_size, reduction="mean", softcap=0.0, chunk=0, z_loss=0.0):
     """
     Cross-entropy of the logits x Wᵀ, in nats. x (N, C), weight (V', C) with V' ≥ vocab_size rows, targets (N,)
     of ids or -100 (ignored). reduction: "mean" over the targets that count, "sum", or "none" -> (N,).
-    softcap: see GPTConfig. chunk: rows at a time; 0 chooses about 2^28 logits.
+    softcap: see GPTConfig. chunk: rows at a time; 0 chooses about 2^28 logits. z_loss adds z_loss · log²Z for each
+    target, Z the softmax's denominator: it keeps logits from drifting (PaLM, Chowdhery et al. 2022, 5).
     """
     chunk = chunk or max(1, 2 ** 28 // weight.shape[0])
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if needs_grad and reduction != "none":
-        total = LinearCrossEntropy.apply(x, weight, targets, vocab_size, softcap, chunk)
+        total = LinearCrossEntropy.apply(x, weight, targets, vocab_size, softcap, chunk, z_loss)
     else:  # a gradient per row cannot be scaled afterwards: recompute the chunk's logits in the backward pass
         def rows(xi, ti):
-            return chunk_cross_entropy(xi, weight.to(xi.dtype), ti, vocab_size, softcap)[0]
+            return chunk_cross_entropy(xi, weight.to(xi.dtype), ti, vocab_size, softcap, z_loss)[0]
         losses = [checkpoint(rows, xi, ti, use_reentrant=False) if needs_grad else rows(xi, ti)
                   for xi, ti in zip(x.split(chunk), targets.split(chunk))]
         if reduction == "none":
@@ -665,6 +675,7 @@ class GPT(nn.Module):
             self.register_buffer(name, table, persistent=False)
         self.compute_dtype = torch.float32  # of activations; weights are cast where they are used
         self.loss = linear_cross_entropy
+        self.z_loss = 0.0  # of linear_cross_entropy, while training
         self._decoder = None
 
     def compile_parts(self):
@@ -799,7 +810,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x), None
         loss = self.loss(self.features(x).flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size,
-                         reduction, self.config.softcap)
+                         reduction, self.config.softcap, z_loss=self.z_loss if self.training else 0.0)
         return None, loss.view(targets.shape) if reduction == "none" else loss
 
     def scalars(self, idx, **kwargs):

@@ -571,8 +571,8 @@ CHOICES = {"norm": NORMS, "act": ACTIVATIONS | GATED, "init": INIT, "attn": ("fu
 
 
 @torch.no_grad()
-def init_weights(model, seed=0):
-    """Fill every parameter by the rows of INIT[config.init]; the same on every device and rank."""
+def init_weights(model, seed=0, scale=1.0):
+    """Fill every parameter by the rows of INIT[config.init], deviations times scale; the same everywhere."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         rule = next((rule for part, rule in INIT[model.config.init] if part in f".{name}."), None)
@@ -581,7 +581,7 @@ def init_weights(model, seed=0):
         if isinstance(rule, float):
             p.fill_(rule)
         else:
-            p.copy_(torch.randn(p.shape, generator=generator) * rule(p.shape, model.config))
+            p.copy_(torch.randn(p.shape, generator=generator) * (rule(p.shape, model.config) * scale))
 
 
 # -----------------------------------------------------------------------------
@@ -601,24 +601,34 @@ def cap(logits, softcap):
     return softcap * (logits / softcap).tanh() if softcap else logits
 
 
-def chunk_cross_entropy(x, weight, targets, vocab_size, softcap):
-    """-log p(target) of each row (0 where target is -100) and the logits, float32. x (n, C), weight (V', C)."""
+def chunk_cross_entropy(x, weight, targets, vocab_size, softcap, z_loss=0.0):
+    """
+    -log p(target) + z_loss · log²Z of each row (0 where target is -100), the logits and log Z (None without z_loss),
+    float32. x (n, C), weight (V', C).
+    """
     logits = cap((x @ weight.T).float(), softcap)
     if logits.shape[1] > vocab_size:  # padding ids do not take part
-        logits = logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= vocab_size, -math.inf)
-    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none"), logits
+        logits = logits.masked_fill(torch.arange(logits.shape[1], device=x.device) >= vocab_size, -math.inf)
+    loss, log_z = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none"), None
+    if z_loss:
+        log_z = logits.logsumexp(-1)
+        loss = loss + z_loss * log_z.square() * (targets != -100)
+    return loss, logits, log_z
 
 
-def loss_gradient(x, weight, targets, vocab_size, softcap):
+def loss_gradient(x, weight, targets, vocab_size, softcap, z_loss):
     """Loss of each row of the logits x Wᵀ and its gradient by them, softmax - onehot, (n, V') in x's dtype."""
     if fused_loss(x, softcap):
         logits = x @ weight.T
         losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        triton_loss_gradient[(len(logits),)](logits, targets, losses, vocab_size, logits.shape[1], BLOCK=2048)
+        triton_loss_gradient[(len(logits),)](logits, targets, losses, z_loss, vocab_size, logits.shape[1],
+                                             BLOCK=2048)
         return losses, logits
-    losses, z = chunk_cross_entropy(x, weight, targets, vocab_size, softcap)
-    targets = targets.unsqueeze(1)
-    grad = (z.softmax(-1) - (torch.arange(z.shape[1], device=z.device) == targets).float()) * (targets != -100)
+    losses, z, log_z = chunk_cross_entropy(x, weight, targets, vocab_size, softcap, z_loss)
+    targets, p = targets.unsqueeze(1), z.softmax(-1)
+    if z_loss:
+        p = p * (1 + 2 * z_loss * log_z.unsqueeze(1))
+    grad = (p - (torch.arange(z.shape[1], device=z.device) == targets).float()) * (targets != -100)
     if softcap:  # padding logits are -inf, their gradient 0
         grad = grad * (1 - (z / softcap).clamp(min=-1).square())
     return losses, grad.to(x.dtype)
@@ -626,7 +636,7 @@ def loss_gradient(x, weight, targets, vocab_size, softcap):
 
 if triton is not None:
     @triton.jit
-    def triton_loss_gradient(logits, targets, losses, vocab_size, width, BLOCK: tl.constexpr):
+    def triton_loss_gradient(logits, targets, losses, z_loss, vocab_size, width, BLOCK: tl.constexpr):
         """loss_gradient of a row in place: one pass for its log-sum-exp, one for the gradient; 2 bytes a logit."""
         row = tl.program_id(0).to(tl.int64)
         logits += row * width
@@ -640,11 +650,11 @@ if triton is not None:
             total = total * tl.exp(top - new) + tl.sum(tl.exp(z - new), 0)
             top = new
         lse = top + tl.log(total)
-        tl.store(losses + row, tl.where(counts, lse - own, 0.0))
+        tl.store(losses + row, tl.where(counts, lse - own + z_loss * lse * lse, 0.0))
         tl.debug_barrier()  # own is read before it is overwritten
         for start in range(0, width, BLOCK):
             z = tl.load(logits + start + ids, mask=start + ids < vocab_size, other=-float("inf")).to(tl.float32)
-            grad = tl.exp(z - lse) - tl.where(start + ids == target, 1.0, 0.0)
+            grad = tl.exp(z - lse) * (1 + 2 * z_loss * lse) - tl.where(start + ids == target, 1.0, 0.0)
             tl.store(logits + start + ids, tl.where(counts, grad, 0.0).to(logits.dtype.element_ty),
                      mask=start + ids < width)
 
@@ -653,15 +663,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
     Summed cross-entropy whose gradients are formed in the forward pass, while a chunk's logits are at hand:
         G = softmax(x Wᵀ) - onehot(target),    dL/dx = G W,    dL/dW = Gᵀ x
-    (G times 1 - (logits / cap)² where the logits are capped). The backward pass only scales them: no (N, V) tensor
-    is stored and no product is computed twice.
+    (softmax times 1 + 2 z log Z with a z-loss; G times 1 - (logits / cap)² where the logits are capped). The backward
+    pass only scales them: no (N, V) tensor is stored and no product is computed twice.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, softcap, chunk):
+    def forward(ctx, x, weight, targets, vocab_size, softcap, chunk, z_loss):
         w, total, dx, dw = weight.to(x.dtype), 0.0, [], None
         for xi, ti in zip(x.split(chunk), targets.split(chunk)):
-            losses, grad = loss_gradient(xi, w, ti, vocab_size, softcap)
+            losses, grad = loss_gradient(xi, w, ti, vocab_size, softcap, z_loss)
             total = total + losses.sum()
             dx.append(grad @ w)
             if ctx.needs_input_grad[1]:
@@ -676,22 +686,23 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx * grad, None if dw is None else dw * grad, None, None, None, None
+        return dx * grad, None if dw is None else dw * grad, None, None, None, None, None
 
 
-def linear_cross_entropy(x, weight, targets, vocab_size, reduction="mean", softcap=0.0, chunk=0):
+def linear_cross_entropy(x, weight, targets, vocab_size, reduction="mean", softcap=0.0, chunk=0, z_loss=0.0):
     """
     Cross-entropy of the logits x Wᵀ, in nats. x (N, C), weight (V', C) with V' ≥ vocab_size rows, targets (N,)
     of ids or -100 (ignored). reduction: "mean" over the targets that count, "sum", or "none" -> (N,).
-    softcap: see GPTConfig. chunk: rows at a time; 0: see loss_chunk.
+    softcap: see GPTConfig. chunk: rows at a time; 0: see loss_chunk. z_loss adds z_loss · log²Z for each
+    target, Z the softmax's denominator: it keeps logits from drifting (PaLM, Chowdhery et al. 2022, 5).
     """
     chunk = chunk or loss_chunk(weight.shape[0], fused_loss(x, softcap))
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if needs_grad and reduction != "none":
-        total = LinearCrossEntropy.apply(x, weight, targets, vocab_size, softcap, chunk)
+        total = LinearCrossEntropy.apply(x, weight, targets, vocab_size, softcap, chunk, z_loss)
     else:  # a gradient per row cannot be scaled afterwards: recompute the chunk's logits in the backward pass
         def rows(xi, ti):
-            return chunk_cross_entropy(xi, weight.to(xi.dtype), ti, vocab_size, softcap)[0]
+            return chunk_cross_entropy(xi, weight.to(xi.dtype), ti, vocab_size, softcap, z_loss)[0]
         losses = [checkpoint(rows, xi, ti, use_reentrant=False) if needs_grad else rows(xi, ti)
                   for xi, ti in zip(x.split(chunk), targets.split(chunk))]
         if reduction == "none":
@@ -771,6 +782,7 @@ class GPT(nn.Module):
             self.register_buffer(name, table, persistent=False)
         self.compute_dtype = torch.float32  # of activations; weights are cast where they are used
         self.loss = linear_cross_entropy
+        self.z_loss = 0.0  # of linear_cross_entropy, while training
         self._decoder = None
 
     def compile_parts(self, whole=False):
@@ -911,7 +923,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x), None
         loss = self.loss(self.features(x).flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size,
-                         reduction, self.config.softcap)
+                         reduction, self.config.softcap, z_loss=self.z_loss if self.training else 0.0)
         return None, loss.view(targets.shape) if reduction == "none" else loss
 
     def scalars(self, idx, **kwargs):

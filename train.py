@@ -3,7 +3,7 @@ Pretraining: next-token prediction on packed windows of T tokens,
 
     L = -1/(B T) Σ_b Σ_t log p(x_{b,t+1} | x_{b,≤t}),
 
-with AdamW (Loshchilov & Hutter 2019) or Muon (Jordan et al. 2024), one process or many.
+with Muon (Jordan et al. 2024), AdamW (Loshchilov & Hutter 2019) or another of OPTIMIZERS, one process or many.
 
     python train.py                                          # the default world: three minutes on a laptop
     python train.py --data shakespeare --tokenizer char --out out/shakespeare
@@ -11,12 +11,16 @@ with AdamW (Loshchilov & Hutter 2019) or Muon (Jordan et al. 2024), one process 
         --batch_tokens 524288 --lr 0.01
 """
 import argparse
+import inspect
 import json
 import math
+import os
+import re
 import shutil
 import signal
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -27,10 +31,10 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from bpe import BadInput, cli, replace_file
 from model import (GPT, GPTConfig, PRESETS, adamw_groups, all_reduce, count_parameters, flops_per_token, init_weights,
-                   load_safetensors, peak_flops, peak_memory, save_run, setup_process)
+                   load_safetensors, peak_flops, peak_memory, save_run, setup_process, uniform)
 
 # -----------------------------------------------------------------------------
-# Muon
+# Optimizers: Muon, Adafactor, AdamW in 8 bits; AdamW and SGD are torch's
 
 
 # Odd quintics a x + b x³ + c x⁵, each the closest to 1 on the interval that the one before left, from [0.01, 1]
@@ -101,23 +105,146 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_sub_(params, (updates * (max(1, r / c) ** 0.5 * lr)).unbind())
 
 
+class Adafactor(torch.optim.Optimizer):
+    """
+    AdamW's second moment of a matrix (r, c) kept as its rows' means R (r,) and columns' means C (c,) (Shazeer &
+    Stern 2018, algorithm 4), so r + c numbers a matrix; no first moment:
+        R ← β R + (1 - β) mean_c(g² + ε),   V = R Cᵀ / mean(R),   u = g / sqrt(V),   β = 1 - t^-0.8
+        W ← W - lr (λ W + u / max(1, rms(u) / d))
+    with the given rate, neither relative to the step nor to the weights. Vectors keep their whole V.
+    """
+
+    def __init__(self, params, lr=0.01, decay=0.8, clip=1.0, eps=1e-30, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, decay=decay, clip=clip, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g, state, axes = p.grad.float(), self.state[p], (-1, -2) if p.dim() > 1 else (None,)
+                square = g.square() + group["eps"]
+                means = [square if axis is None else square.mean(axis, keepdim=True) for axis in axes]
+                if not state:
+                    state["t"] = torch.zeros((), device=p.device)
+                    state.update((f"v{i}", torch.zeros_like(m)) for i, m in enumerate(means))
+                state["t"] += 1
+                v = [state[f"v{i}"] for i in range(len(means))]
+                for old, new in zip(v, means):
+                    old.lerp_(new, state["t"] ** -group["decay"])
+                u = g * v[0].rsqrt() if len(v) == 1 else g * (v[0] / v[0].mean(-2, keepdim=True)).rsqrt() * v[1].rsqrt()
+                u = u / (u.square().mean().sqrt() / group["clip"]).clamp(min=1)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(u * group["lr"])
+
+
+def dynamic_code(signed):
+    """
+    256 numbers in [-1, 1] or [0, 1]: seven decades, each with twice as many steps as the one below it, so that the
+    relative error is small near 1 and the range is 10^7 (dynamic tree quantization, Dettmers et al. 2022, 1.3).
+    """
+    code = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float64)
+        values = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)).tolist()
+        code += values + [-v for v in values] * signed
+    return torch.tensor(sorted(code), dtype=torch.float32)
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """
+    AdamW whose moments lie in memory as one byte a number (Dettmers et al. 2022): blocks of 256 are divided by their
+    largest magnitude and rounded to dynamic_code. The second moment's root is stored, as its range is the first's.
+    Small tensors keep 32 bits.
+    """
+    BLOCK, SMALL = 256, 4096
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self.codes = {}
+
+    def load(self, state, name, p):
+        if f"{name}_scale" not in state:
+            return state[name]
+        x = self.code(name, p.device)[state[name].int()] * state[f"{name}_scale"]
+        return x.flatten()[:p.numel()].view_as(p)
+
+    def store(self, state, name, x):
+        if x.numel() >= self.SMALL:
+            x = nn.functional.pad(x.flatten(), (0, -x.numel() % self.BLOCK)).view(-1, self.BLOCK)
+            scale, code = x.abs().amax(1, keepdim=True), self.code(name, x.device)
+            x = torch.bucketize(x / scale.clamp(min=1e-30), (code[1:] + code[:-1]) / 2).to(torch.uint8)
+            self.keep(state, f"{name}_scale", scale)
+        self.keep(state, name, x)
+
+    def keep(self, state, name, x):  # always the same memory: a recorded step writes there
+        state[name].copy_(x) if name in state else state.update({name: x.clone()})
+
+    def code(self, name, device):
+        if (name, device) not in self.codes:
+            self.codes[name, device] = dynamic_code(signed=name == "m").to(device)
+        return self.codes[name, device]
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g, state = p.grad.float(), self.state[p]
+                if not state:
+                    state["t"] = torch.zeros((), device=p.device)
+                    for name in ("m", "root_v"):
+                        self.store(state, name, torch.zeros_like(g))
+                state["t"] += 1
+                m = self.load(state, "m", p).lerp(g, 1 - beta1)
+                v = self.load(state, "root_v", p).square().lerp(g.square(), 1 - beta2)
+                self.store(state, "m", m)
+                self.store(state, "root_v", v.sqrt())
+                m, v = m / (1 - beta1 ** state["t"]), v / (1 - beta2 ** state["t"])
+                p.mul_(1 - lr * group["weight_decay"])
+                p.sub_(m / (v.sqrt() + group["eps"]) * lr)
+
+    def load_state_dict(self, saved):
+        super().load_state_dict(saved)  # gives every state its parameter's dtype
+        for state in self.state.values():
+            state.update({name: state[name].to(torch.uint8) for name in ("m", "root_v") if f"{name}_scale" in state})
+
+
+# name: (parameter groups, arguments, peak rate, is the step recorded) -> optimizer
+OPTIMIZERS = {
+    "muon": lambda groups, args, lr, recorded: Muon(groups, lr=lr, momentum=args.momentum),
+    "adamw": lambda groups, args, lr, recorded: torch.optim.AdamW(
+        groups, lr=lr, betas=(0.9, args.beta2), eps=1e-8, capturable=recorded,
+        fused=groups[0]["params"][0].device.type in ("cuda", "cpu")),
+    "adam8bit": lambda groups, args, lr, recorded: AdamW8bit(groups, lr=lr, betas=(0.9, args.beta2)),
+    "adafactor": lambda groups, args, lr, recorded: Adafactor(groups, lr=lr),
+    "sgd": lambda groups, args, lr, recorded: torch.optim.SGD(
+        groups, lr=lr, momentum=args.momentum, nesterov=args.nesterov and args.momentum > 0,
+        fused=groups[0]["params"][0].device.type in ("cuda", "cpu")),
+}
+
+
 def make_optimizers(model, args, device, capturable=False):
     """
-    AdamW for everything, or Muon for the blocks' matrices and AdamW, at its own rate, for embeddings, head and
-    vectors. Every trainable parameter is in exactly one group.
+    One of OPTIMIZERS for everything; or Muon for the blocks' matrices and AdamW, at its own rate, for embeddings,
+    head and vectors. Every trainable parameter is in exactly one group.
     """
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if args.optimizer == "muon" else []
+    muon = args.optimizer == "muon"
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if muon else []
     taken = {id(p) for p in matrices}
     groups = [{**g, "params": [p for p in g["params"] if id(p) not in taken]}
-              for g in adamw_groups(model, args.weight_decay if args.optimizer == "adamw" else 0.0)]
+              for g in adamw_groups(model, 0.0 if muon else args.weight_decay)]
 
     def rate(lr):  # a recorded step reads its rate from the device
         return torch.tensor(lr, device=device) if capturable else lr
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, args.beta2), eps=1e-8,
-                                    lr=rate(args.lr if args.optimizer == "adamw" else args.adam_lr),
-                                    fused=device.type in ("cuda", "cpu"), capturable=capturable)]
+    optimizers = [OPTIMIZERS["adamw" if muon else args.optimizer]([g for g in groups if g["params"]], args,
+                                                                  rate(args.adam_lr if muon else args.lr), capturable)]
     if matrices:
-        optimizers.append(Muon(matrices, lr=rate(args.lr), weight_decay=args.weight_decay))
+        groups = [{"params": matrices, "weight_decay": args.weight_decay}]
+        optimizers.append(OPTIMIZERS["muon"](groups, args, rate(args.lr), capturable))
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak_lr"] = float(group["lr"])
     held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
@@ -126,21 +253,92 @@ def make_optimizers(model, args, device, capturable=False):
 
 
 # -----------------------------------------------------------------------------
-# Schedules: the share of the peak learning rate at progress t in [0, 1), after the warm-up
+# Schedules of the learning rate and of the batch size
 
+# name: (fall from 1 to 0 over progress t in [0, 1) after the warm-up, share of the peak that it falls to by default)
 SCHEDULES = {
-    "constant": lambda t: 1.0,
-    "linear": lambda t: 1 - t,
-    "cosine": lambda t: 0.1 + 0.45 * (1 + math.cos(math.pi * t)),  # down to a tenth, as GPT-3
-    "wsd": lambda t: min(1.0, (1 - t) / 0.4),  # warm up, stay, decay over the last 40 %
+    "constant": (lambda t: 1.0, 0.0),
+    "linear": (lambda t: 1 - t, 0.0),
+    "cosine": (lambda t: 0.5 * (1 + math.cos(math.pi * t)), 0.1),  # down to a tenth, as GPT-3 and LLaMA
+    "wsd": (lambda t: min(1.0, (1 - t) / 0.4), 0.0),  # warm up, stay, decay over the last 40 %
 }
 
 
-def lr_share(step, steps, warmup, schedule):
-    """Linear warm-up that is above zero at step 0, then the schedule."""
+def lr_share(step, steps, warmup, schedule, min_lr=None):
+    """Linear warm-up that is above zero at step 0, then the schedule down to min_lr (None: its own)."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    return SCHEDULES[schedule]((step - warmup) / max(1, steps - warmup))
+    fall, floor = SCHEDULES[schedule]
+    floor = floor if min_lr is None else min_lr
+    return floor + (1 - floor) * fall((step - warmup) / max(1, steps - warmup))
+
+
+def batch_level(step, levels, length):
+    """The batch of a step in units of the first one: 1 for `length` steps, then 2, …, up to levels."""
+    return min(levels, 1 + step // length)
+
+
+def levels_before(step, levels, length):
+    """Σ batch_level(s) over s < step, so that where a step's rows begin needs no memory."""
+    ramp = min(step, (levels - 1) * length)
+    full, rest = divmod(ramp, length)
+    return length * full * (full + 1) // 2 + rest * (full + 1) + levels * (step - ramp)
+
+
+def parse_ramp(args):
+    """--batch_ramp START:STEPS -> (tokens of the first batch, levels up to --batch_tokens, steps of a level)."""
+    if not args.batch_ramp:
+        return args.batch_tokens, 1, 1
+    try:
+        start, steps = map(int, args.batch_ramp.split(":"))
+    except ValueError:
+        start = steps = 0
+    if start < 1 or args.batch_tokens % start:
+        raise BadInput(f"--batch_ramp {args.batch_ramp} is not START:STEPS with a START of tokens that divides "
+                       f"--batch_tokens {args.batch_tokens}")
+    levels = args.batch_tokens // start
+    if steps < levels - 1:
+        raise BadInput(f"--batch_ramp {args.batch_ramp} has {levels - 1} batches to grow through: give as many STEPS, "
+                       f"or a larger START")
+    return start, levels, max(1, math.ceil(steps / max(1, levels - 1)))
+
+
+# -----------------------------------------------------------------------------
+# Loss spikes
+
+
+def find_spike(history, loss, norm, z_limit, norm_limit, window):
+    """
+    What is wrong with a step's loss and gradient norm, in words, or "". history: [loss, norm] of earlier steps that
+    were applied. Not finite, a norm above norm_limit, or, once `window` steps are there, either more than z_limit
+    standard deviations above the window's mean (llm.c); a limit of 0 is none.
+    """
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        return "not finite"
+    if norm_limit and norm > norm_limit:
+        return f"a norm above {norm_limit:g}"
+    if z_limit and len(history) >= window:
+        for name, value, past in zip(("loss", "norm"), (loss, norm), zip(*history[-window:])):
+            mean = sum(past) / window
+            deviation = math.sqrt(sum((x - mean) ** 2 for x in past) / window)
+            if value - mean > z_limit * max(deviation, 1e-12):
+                return f"a {name} {(value - mean) / max(deviation, 1e-12):.1f} deviations above its mean"
+    return ""
+
+
+# -----------------------------------------------------------------------------
+# Prefix-LM: a row's first tokens see each other and are not predicted (Raffel et al. 2020, 3.2)
+
+
+def prefix_lengths(seed, rows, T):
+    """Uniform in 0 … T - 1, a pure function of the seed and the row's number; rows (B,) int64 -> (B,)."""
+    return (uniform(torch.full_like(rows, seed), rows) * T).long()
+
+
+def mask_prefix(targets, prefix):
+    """-100 for the targets (B, T) that lie inside the prefix (B,): position t predicts token t + 1."""
+    inside = torch.arange(1, targets.shape[1] + 1, device=targets.device) < prefix[:, None]
+    return targets.masked_fill(inside, -100)
 
 
 # -----------------------------------------------------------------------------
@@ -152,15 +350,19 @@ def validate(model, sources, T, max_tokens, rows, process, token_bytes):
     """
     Nats per token and bits per byte over the first tokens of each validation file, max_tokens shared by the
     mixture's weights: Σ loss / Σ tokens over all ranks, and Σ loss / (ln 2 · Σ bytes of the predicted tokens).
+    A prefix-LM is not asked for the tokens of its prefixes, which are the same for every run.
     """
     model.eval()
     losses, sums = {}, torch.zeros(3, dtype=torch.float64)
     for name, (weight, ids) in sources.items():
         part = torch.zeros(3, dtype=torch.float64)
         limit = max(1, round(max_tokens * weight)) if max_tokens else 0
-        for x, y in data.eval_batches(ids, T, limit, rows, process.rank, process.world):
-            x, y = torch.from_numpy(x).to(process.device), torch.from_numpy(y)
-            loss = model(x, y.to(process.device), reduction="sum")[1]
+        for i, (x, y) in enumerate(data.eval_batches(ids, T, limit, rows, process.rank, process.world)):
+            x, y, prefix = torch.from_numpy(x).to(process.device), torch.from_numpy(y), None
+            if model.config.prefix_lm:
+                prefix = prefix_lengths(0, process.rank + process.world * torch.arange(i * rows, (i + 1) * rows), T)
+                y, prefix = mask_prefix(y, prefix), prefix.to(process.device)
+            loss = model(x, y.to(process.device), prefix=prefix, reduction="sum")[1]
             y = y[y != -100]
             part += torch.tensor([loss.item(), len(y), token_bytes[y].sum().item()], dtype=torch.float64)
         if process.world > 1:
@@ -191,26 +393,55 @@ def choose_dtype(name, device, rows, width):
     return min(seconds, key=seconds.get)
 
 
+def calibrate(device, dtype):
+    """(FLOP/s of a large matrix product in dtype, bytes/s read and written by a copy): what this very device gives."""
+    def seconds(f):
+        best = math.inf
+        for _ in range(5):
+            torch.get_device_module(device).synchronize()
+            start = time.perf_counter()
+            f()
+            torch.get_device_module(device).synchronize()
+            best = min(best, time.perf_counter() - start)
+        return best
+    n, size = (8192, 2 ** 30) if device.type == "cuda" else (1024, 2 ** 26)
+    a = torch.randn(n, n, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = source.clone()
+    return 2 * n ** 3 / seconds(lambda: a @ a), 2 * size / seconds(lambda: target.copy_(source))
+
+
 # -----------------------------------------------------------------------------
 # One optimizer step
 
 
+def shrink_embedding_gradient(model, alpha):
+    """wte · α + detach(wte) · (1 - α) (GLM-130B, Zeng et al. 2022, 3.3): the look-up stays, its gradient is times α."""
+    def hook(module, ids, rows):
+        if rows.requires_grad:
+            rows.register_hook(lambda grad: grad * alpha)
+    model.wte.register_forward_hook(hook)
+
+
 class Trainer:
     """
-    What a step changes: model, optimizers, scaler. micro_step adds a micro-batch's gradient and loss, update
-    clips and applies them. With graphs both are recorded as CUDA graphs and replayed, because a small model's
-    kernels take longer to launch than to run; then gradients and rates live in fixed tensors.
+    What a step changes: model, optimizers, scaler, average. micro_step adds a micro-batch's gradient and loss, clip
+    measures the sum, apply or drop ends the step. With graphs they are recorded as CUDA graphs and replayed, because
+    a small model's kernels take longer to launch than to run; then gradients and rates live in fixed tensors.
     """
 
     def __init__(self, model, args, process, dtype, accumulate, graphs):
-        self.model, self.grad_clip, self.accumulate = model, args.grad_clip or math.inf, accumulate
+        self.model, self.grad_clip = model, args.grad_clip or math.inf
         self.optimizers = make_optimizers(model, args, process.device, capturable=graphs)
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
         self.forward = model if process.world == 1 else DistributedDataParallel(model)
         self.loss, self.norm = (torch.zeros((), device=process.device) for _ in range(2))
+        self.parts = torch.full((), float(accumulate), device=process.device)  # what a micro-batch's loss is divided by
+        self.ema_decay = args.ema  # e ← decay · e + (1 - decay) · w after each step, float32, from the first weights
+        self.ema = {name: p.detach().float().clone() for name, p in model.named_parameters()} if args.ema else {}
         self.graphs, self.batch = [] if graphs else None, None
 
-    def micro_step(self, x, y, last=True):
+    def micro_step(self, x, y, last=True, prefix=None):
         """Add the gradient and the loss of x, y (B, T) to the step's; ranks talk only at its last micro-batch."""
         if self.graphs is not None:
             if not self.graphs:
@@ -219,29 +450,49 @@ class Trainer:
                 static.copy_(new, non_blocking=True)
             self.graphs[0].replay()
         else:
-            self._micro_step(x, y, last)
+            self._micro_step(x, y, last, prefix)
+
+    def clip(self):
+        """Scale the gradient to at most grad_clip; norm is its length before."""
+        self._clip() if self.graphs is None else self.graphs[1].replay()
+
+    def apply(self):
+        self._apply() if self.graphs is None else self.graphs[2].replay()
 
     def update(self):
-        self._update() if self.graphs is None else self.graphs[1].replay()
+        self.clip()
+        self.apply()
 
-    def _micro_step(self, x, y, last=True):
+    def drop(self):
+        """End the step without using its gradient."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=self.graphs is None)
+        self.scaler.update()
+
+    def _micro_step(self, x, y, last=True, prefix=None):
         with nullcontext() if last or self.forward is self.model else self.forward.no_sync():
-            loss = self.forward(x, y)[1] / self.accumulate
+            # rows of a prefix-LM have different numbers of targets: parts is then the step's, a process
+            loss = self.forward(x, y, prefix=prefix, reduction="mean" if prefix is None else "sum")[1] / self.parts
             self.scaler.scale(loss).backward()
         self.loss += loss.detach()
 
-    def _update(self):
+    def _clip(self):
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         self.norm.copy_(nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip))
+
+    def _apply(self):
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=self.graphs is None)
         self.scaler.update()
+        if self.ema:
+            weights = [p.detach().float() for p in self.model.parameters()]
+            torch._foreach_lerp_(list(self.ema.values()), weights, 1 - self.ema_decay)
 
     def record(self, x, y):
-        tensors = lambda: [*self.model.parameters(), *(t for o in self.optimizers for s in o.state.values()
-                                                       for t in s.values())]
+        tensors = lambda: [*self.model.parameters(), *self.ema.values(),
+                           *(t for o in self.optimizers for s in o.state.values() for t in s.values())]
         before = {id(t): t.detach().clone() for t in tensors()}
         self.batch = x.clone(), y.clone()
         side = torch.cuda.Stream()
@@ -249,16 +500,33 @@ class Trainer:
         with torch.cuda.stream(side):
             for _ in range(3):  # compilation and optimizer state come first, outside the graphs
                 self._micro_step(*self.batch)
-                self._update()
+                self._clip()
+                self._apply()
         torch.cuda.current_stream().wait_stream(side)
-        for body in (lambda: self._micro_step(*self.batch), self._update):
+        for body in (lambda: self._micro_step(*self.batch), self._clip, self._apply):
             self.graphs.append(torch.cuda.CUDAGraph())
-            with torch.cuda.graph(self.graphs[-1]):
+            # the thread that loads batches may pin memory meanwhile
+            with torch.cuda.graph(self.graphs[-1], capture_error_mode="thread_local"):
                 body()
         with torch.no_grad():  # as if nothing had run
             for t in tensors():
                 t.copy_(before[id(t)]) if id(t) in before else t.zero_()
         self.loss.zero_()
+
+    @contextmanager
+    def averaged(self):
+        """The model with its averaged weights, where there are some."""
+        params = dict(self.model.named_parameters()) if self.ema else {}
+        kept = {name: p.detach().clone() for name, p in params.items()}
+        try:
+            with torch.no_grad():
+                for name, p in params.items():
+                    p.copy_(self.ema[name])
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in params.items():
+                    p.copy_(kept[name])
 
     def set_lr(self, share):
         for optimizer in self.optimizers:
@@ -268,16 +536,28 @@ class Trainer:
 
     def state_dict(self):
         return {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-                "scaler": self.scaler.state_dict()}
+                "scaler": self.scaler.state_dict(), "ema": self.ema}
 
     def load_state_dict(self, state):
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            groups = [{**ours, "params": theirs["params"]} for ours, theirs in
+                      zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)]
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})  # rates are this run's
         self.scaler.load_state_dict(state["scaler"])
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                if self.ema:
+                    self.ema[name].copy_(state["ema"].get(name, p))
+        if self.graphs is not None:
+            self.graphs = []  # they wrote to the optimizers' old tensors
 
 
 # -----------------------------------------------------------------------------
+
+
+# what describes the model is a flag; the vocabulary is the tokenizer's, and a scalar head is for rlhf.py
+MODEL_FLAGS = [f for f in fields(GPTConfig) if f.name not in ("vocab_size", "scalar_head")]
 
 
 def get_args(argv=None):
@@ -294,36 +574,51 @@ def get_args(argv=None):
     add("--graphs", default=None, **flag, help="record a step as CUDA graphs (default: one GPU, < 50M parameters)")
     # data
     add("--data", default="bios:0.6,arithmetic:0.4", help=f"weighted mixture of {', '.join(data.CORPORA)}")
-    add("--input", help="a local file or folder for the corpus, instead of its download")
+    add("--input", help="a local file or folder instead of the corpus's download; fineweb: or a number of shards")
     add("--tokenizer", help="char, a tiktoken name, a file or a folder (default: train a BPE on the data)")
     add("--vocab_size", type=int, default=1024, help="of a tokenizer trained here, beside its special tokens")
+    add("--prefetch", type=int, default=2, help="micro-batches that a thread makes ahead; 0: no thread")
     # model
     add("--preset", default="nano", choices=sorted(PRESETS), help="architecture; the flags below change it")
-    for name in ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
-        add(f"--{name}", type=int, help=f"(default: the preset's; nano {getattr(GPTConfig, name)})")
-    for name in ("norm", "act", "pos", "init"):
-        add(f"--{name}", help=f"(default: the preset's; nano {getattr(GPTConfig, name)})")
-    for name in ("qk_norm", "embd_norm", "bias", "tied"):
-        add(f"--{name}", default=None, **flag)
-    add("--dropout", type=float)
+    comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(GPTConfig), re.M))
+    for f in MODEL_FLAGS:
+        kind = flag if f.type in (bool, bool | None) else dict(type=f.type)
+        add(f"--{f.name}", default=None, **kind, help=f"{comments.get(f.name, '')} (default: the preset's; nano "
+            f"{f.default})".strip().replace("%", "%%"))
+    add("--init_scale", type=float, default=1.0, help="factor on every initial standard deviation")
     # optimization
     add("--steps", type=int, default=800)
     add("--batch_tokens", type=int, default=2048, help="tokens per optimizer step over all processes")
     add("--micro_batch", type=int, default=0, help="rows per forward pass and process (0: as fits)")
-    add("--optimizer", default="muon", choices=["muon", "adamw"])
-    add("--lr", type=float, default=0.02, help="peak, of Muon's matrices or of AdamW")
+    add("--batch_ramp", help="START:STEPS: batches grow from START tokens to --batch_tokens in about so many steps")
+    add("--optimizer", default="muon", choices=sorted(OPTIMIZERS))
+    add("--lr", type=float, default=0.02, help="peak, of Muon's matrices or of everything")
     add("--adam_lr", type=float, default=0.01, help="peak, of embeddings, head and vectors beside Muon")
     add("--schedule", default="linear", choices=sorted(SCHEDULES))
+    add("--min_lr", type=float, help="share of the peak that the schedule ends at (default: cosine 0.1, others 0)")
     add("--warmup", type=int, default=20, help="steps")
     add("--weight_decay", type=float, default=0.0, help="of matrices")
-    add("--beta2", type=float, default=0.95)
+    add("--momentum", type=float, default=0.95, help="of Muon and SGD")
+    add("--nesterov", default=True, **flag, help="SGD looks a step ahead, as Muon always does")
+    add("--beta2", type=float, default=0.95, help="of AdamW")
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: none")
+    add("--z_loss", type=float, default=0.0, help="adds so much times log²Z to the training loss (PaLM: 1e-4)")
+    add("--embed_grad_scale", type=float, default=1.0, help="factor on the token embedding's gradient (GLM-130B: 0.1)")
+    add("--ema", type=float, default=0.0, help="decay of an average of the weights, the one that is saved; 0: none")
+    add("--spike", default="none", choices=["none", "skip", "rewind"],
+        help="at a loss spike leave the update out, or go back to the last save and leave out the rows read since; "
+             "either looks at every step's loss, which costs a GPU a wait. none: stop where it is not finite")
+    add("--spike_z", type=float, default=6.0, help="a spike: loss or gradient norm so many deviations above the mean")
+    add("--spike_window", type=int, default=128, help="of so many steps; before that only --spike_norm counts")
+    add("--spike_norm", type=float, default=0.0, help="or a gradient norm above this; 0: none")
     # looking
     add("--eval_every", type=int, default=250, help="steps; 0: only at the end")
     add("--eval_tokens", type=int, default=65536, help="validation tokens; 0: all")
     add("--save_every", type=int, default=250, help="steps; 0: only at the end")
-    add("--keep", default="last", choices=["last", "best"], help="whose weights model.safetensors holds")
+    add("--keep", default="last", choices=["last", "best", "all"],
+        help="whose weights model.safetensors holds; all: the last, and each save in OUT/step-000250 as well")
     add("--log_every", type=int, default=10, help="steps between printed lines; log.jsonl has every step")
+    add("--calibrate", action="store_true", help="measure this device's own ceiling first and print MFU against it too")
     args = parser.parse_args(argv)
     if args.resume:  # saved arguments become the defaults, so what is given again wins
         parser.set_defaults(**{**load_optim(args.out)["args"], "resume": True})
@@ -342,18 +637,19 @@ def load_optim(out):
 
 
 def make_config(args, n_vocab):
-    names = ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "norm", "act", "pos", "init",
-             "qk_norm", "embd_norm", "bias", "tied", "dropout")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {f.name: getattr(args, f.name) for f in MODEL_FLAGS if getattr(args, f.name) is not None}
     return GPTConfig(**{**PRESETS[args.preset], **given, "vocab_size": n_vocab})
 
 
 def split_batch(args, T, process):
-    """(rows of a step over all processes, rows of a micro-batch, micro-batches); BadInput names a size that works."""
-    rows, rest = divmod(args.batch_tokens, T * process.world)
+    """
+    (rows of the first step over all processes, rows of a micro-batch, micro-batches); BadInput names a size that works.
+    """
+    tokens, flag = parse_ramp(args)[0], "--batch_ramp" if args.batch_ramp else "--batch_tokens"
+    rows, rest = divmod(tokens, T * process.world)
     if rest or not rows:
         step = T * process.world
-        raise BadInput(f"--batch_tokens {args.batch_tokens} is not a multiple of block_size {T} x {process.world} "
+        raise BadInput(f"{flag} {tokens} is not a multiple of block_size {T} x {process.world} "
                        f"process(es): use {max(1, rows) * step} or {(rows + 1) * step}")
     limit = 65536 if process.device.type == "cuda" else 16384  # tokens that one forward pass may hold
     micro = args.micro_batch or next(m for m in range(min(rows, max(1, limit // T)), 0, -1) if rows % m == 0)
@@ -405,6 +701,7 @@ def main():
     config = make_config(args, tokenizer.n_vocab)
     T = config.block_size
     rows, micro, accumulate = split_batch(args, T, process)
+    _, levels, length = parse_ramp(args)
     loader = data.TokenLoader([(w, data.open_tokens(f / "train.bin")) for w, f in folders.values()], T, args.seed)
     val = {name: (w, data.open_tokens(f / "val.bin")) for name, (w, f) in folders.items()}
     token_bytes = torch.tensor([len(b) for b in tokenizer.token_bytes()])
@@ -414,84 +711,138 @@ def main():
     dtype = choose_dtype(args.dtype, device, micro * T, config.n_embd)
     args.dtype = str(dtype).removeprefix("torch.")
     model = GPT(config)
-    init_weights(model, args.seed)
+    init_weights(model, args.seed, args.init_scale)
     model.to(device).compute_dtype = dtype
+    model.z_loss = args.z_loss
+    if args.embed_grad_scale != 1:
+        shrink_embedding_gradient(model, args.embed_grad_scale)
     total, matmul = count_parameters(model)
+    if config.prefix_lm and args.graphs:
+        raise BadInput("--graphs records one mask, but with --prefix_lm each row has its own: leave --graphs out")
     graphs = device.type == "cuda" and process.world == 1 and dtype != torch.float16 and total < 50e6
+    graphs = graphs and not config.prefix_lm
     trainer = Trainer(model, args, process, dtype, accumulate, graphs if args.graphs is None else args.graphs)
     if device.type == "cuda" if args.compile is None else args.compile:
         model.compile_parts()
 
     out, step, best = Path(args.out), 0, {"val_loss": math.inf}
+    # rows left out; what --spike looks at; spikes in a row, and the furthest step that had one
+    past = {"left_out": 0, "history": [], "in_a_row": 0, "furthest": 0}
     if args.resume:
         saved = load_optim(args.out)
         if saved["config"] != vars(config) or saved["corpus"] != corpus:
             raise BadInput(f"--resume: the model or the data differ from those of {out}: "
                            f"give the run's own flags, or start without --resume")
+        if saved["args"]["optimizer"] != args.optimizer:
+            raise BadInput(f"--resume: {out} was trained by {saved['args']['optimizer']}, not {args.optimizer}: leave "
+                           f"--optimizer out")
         trainer.load_state_dict(saved)
-        step, best = saved["step"], saved["best"]
+        step, best, past = saved["step"], saved["best"], saved["past"]
     if main_process:
-        if args.resume:  # the log goes back to the step that was saved
-            lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
-            with replace_file(out / "log.jsonl", "w") as f:
-                f.writelines(lines[:step])
+        if args.resume:  # the log goes back to what was written before the save
+            os.truncate(out / "log.jsonl", min(saved["log"], (out / "log.jsonl").stat().st_size))
         else:
             start_run(out)
             tokenizer.save(out)
         log = open(out / "log.jsonl", "a")
     flops, peak = flops_per_token(model, T), peak_flops(device)
     say(f"{total / 1e6:.2f}M parameters, {matmul / 1e6:.2f}M in matrix products; {rows} rows x {T} tokens a step in "
-        f"{accumulate} x {process.world} micro-batches; {device}, {args.dtype}, {args.optimizer}\n"
+        f"{accumulate} x {process.world} micro-batches"
+        + (f", {levels} times as many after {(levels - 1) * length} steps" if levels > 1 else "")
+        + f"; {device}, {args.dtype}, {args.optimizer}\n"
         f"MFU = (6 x {matmul:,} + 12 L H D T) x tokens/s / "
         + (f"{peak / 1e12:.0f} TFLOP/s dense bf16" if peak else "the device's peak, which is not known here: mfu n/a"))
+    ceiling = None
+    if args.calibrate:
+        ceiling, bandwidth = calibrate(device, dtype)
+        say(f"measured here: {ceiling / 1e12:.3g} TFLOP/s in a large product of {args.dtype}, "
+            f"{bandwidth / 1e9:.3g} GB/s in a copy, read and written")
+
+    def first_row(step):
+        """How many rows of the run the steps before this one took."""
+        return past["left_out"] + rows * levels_before(step, levels, length)
+
+    def batches(step, row):
+        """This process's micro-batches from a step on, (rows, T + 1) ids and the rows' prefixes, if they have any."""
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a thread's own
+        while True:
+            for i in range(accumulate * batch_level(step, levels, length)):
+                first = row + (i * process.world + process.rank) * micro
+                batch, prefix = torch.from_numpy(loader.batch(first, micro)), None
+                if config.prefix_lm:
+                    prefix = prefix_lengths(args.seed, torch.arange(first, first + micro), T)
+                yield [t if t is None or device.type != "cuda" else t.pin_memory() for t in (batch, prefix)]
+            row += rows * batch_level(step, levels, length)
+            step += 1
 
     def save(metrics, weights=True):
         """What resuming needs, then what the next stages need; `weights` False leaves an earlier best in place."""
         if not main_process:
             return
         log.flush()
+        state = {**trainer.state_dict(), "step": step, "best": best, "past": past, "args": vars(args),
+                 "config": vars(config), "corpus": corpus, "log": (out / "log.jsonl").stat().st_size}
         with replace_file(out / "optim.pt") as f:
-            torch.save({**trainer.state_dict(), "step": step, "best": best, "args": vars(args),
-                        "config": vars(config), "corpus": corpus}, f)
+            try:
+                torch.save(state, f)
+            except RuntimeError as error:  # the zip writer's, after the file's own
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error)
         if weights:
-            save_run(out, model, {"stage": "train", "step": step, "metrics": metrics, "args": vars(args),
-                                  "tokenizer": tokenizer.spec()})
+            folders = [out] + [out / f"step-{step:06}"] * (args.keep == "all")
+            with trainer.averaged():
+                for folder in folders:
+                    save_run(folder, model, describe(metrics))
+            if args.keep == "all":
+                tokenizer.save(folders[1])
+
+    def describe(metrics):
+        return {"stage": "train", "step": step, "rows": first_row(step), "metrics": metrics, "args": vars(args),
+                "tokenizer": tokenizer.spec()}
 
     # loop
     stop = []  # signals that came
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: stop.append(True))
     model.train()
-    first, interrupted, metrics = step, False, {}
-    pending, timed, clock = [], [0, 0.0], time.time()  # steps without a line yet; steps and seconds after the first
+    first, interrupted, rewound, metrics = step, False, False, {}
+    # steps without a line yet, and their tokens; tokens and seconds after the first step
+    pending, tokens, timed, clock = [], 0, [0, 0.0], time.time()
+    stream = data.prefetch(batches(step, first_row(step)), args.prefetch)
+    if args.spike == "rewind" and not args.resume:
+        save(metrics, weights=False)  # something to go back to
     while True:
         last = step >= args.steps
         evaluating = last or (args.eval_every and step % args.eval_every == 0)
+        saving = rewound or (args.save_every and step % args.save_every == 0 and step > first and not last)
         alone = process.world == 1
-        if pending and (evaluating or step % args.log_every == 0 or step == first + 1 or (alone and stop)):
+        if pending and (evaluating or saving or step % args.log_every == 0 or step == first + 1 or (alone and stop)):
             # one copy from the device for all steps since the last line; ranks agree here on stopping
             stats = torch.stack([s for s, _ in pending] + [torch.full((2,), float(bool(stop)), device=device)])
             *stats, (stopped, _) = (all_reduce(stats) / process.world).tolist()
-            interrupted, seconds = stopped > 0, (time.time() - clock) / len(pending)
+            interrupted, seconds = stopped > 0, time.time() - clock
             if step > first + 1:  # the first step compiles
-                timed = [timed[0] + len(pending), timed[1] + seconds * len(pending)]
-            tokens_per_s = rows * T / seconds
+                timed = [timed[0] + tokens, timed[1] + seconds]
+            tokens_per_s = tokens / seconds
             for (loss, norm), (_, line) in zip(stats, pending):
                 line.update(loss=round(loss, 5), grad_norm=round(norm, 4), tokens_per_s=round(tokens_per_s))
                 if main_process:
                     log.write(json.dumps(line) + "\n")
-                if not math.isfinite(loss):
+                if not math.isfinite(loss) and "spike" not in line:
                     raise BadInput(f"the loss is {loss} at step {line['step']} (lr {line['lr']:.2g}, gradient norm "
                                    f"{norm:.2g}): lower --lr or raise --warmup; {out} keeps its last save")
             rate = flops * tokens_per_s / process.world
             mfu = f"mfu {rate / peak:.1%}" if peak else f"{rate / 1e12:.3g} TFLOP/s, mfu n/a"
-            left = divmod(round((args.steps - step) * seconds), 60) if timed[0] else None
-            say(f"step {step}/{args.steps}  loss {loss:.4f}  lr {line['lr']:.2e}  norm {norm:.2f}  "
+            mfu += f" ({rate / ceiling:.1%} of measured)" if ceiling else ""
+            left = divmod(round((args.steps - step) * seconds / len(pending)), 60) if timed[0] else None
+            say(f"step {line['step']}/{args.steps}  loss {loss:.4f}  lr {line['lr']:.2e}  norm {norm:.2f}  "
                 f"{tokens_per_s:,.0f} tok/s  {mfu}  {peak_memory(device) / 2 ** 30:.2f} GiB"
+                + (f"  {line['batch_tokens']:,} tokens a step" if levels > 1 else "")
                 + (f"  {left[0]}:{left[1]:02} left" if left else ""), flush=True)
-            pending, clock = [], time.time()
-        if evaluating and not interrupted and (step > first or last):
-            metrics = validate(model, val, T, args.eval_tokens, micro, process, token_bytes)
+            pending, tokens, clock = [], 0, time.time()
+        if evaluating and not interrupted and not rewound and (step > first or last):
+            with trainer.averaged():
+                metrics = validate(model, val, T, args.eval_tokens, micro, process, token_bytes)
             say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
             if metrics["val_loss"] < best["val_loss"]:
                 best = metrics
@@ -499,41 +850,87 @@ def main():
                     save(metrics)
         if last or interrupted:
             break
-        if args.save_every and step % args.save_every == 0 and step > first:
-            save(metrics, weights=args.keep == "last")
+        if saving:
+            save(metrics, weights=args.keep != "best" and not rewound)
+        rewound = False
         if not pending:
             clock = time.time()  # neither validation nor saving is training
 
-        share = lr_share(step, args.steps, args.warmup, args.schedule)
+        share = lr_share(step, args.steps, args.warmup, args.schedule, args.min_lr)
         trainer.set_lr(share)
+        level, row = batch_level(step, levels, length), first_row(step)
+        if config.prefix_lm:  # targets of the step, a process
+            lengths = prefix_lengths(args.seed, torch.arange(row, row + rows * level), T)
+            trainer.parts.fill_((T - (lengths - 1).clamp(min=0)).sum().item() / process.world)
+        elif levels > 1:
+            trainer.parts.fill_(accumulate * level)
         if config.dropout:  # masks too are a function of (seed, step, rank)
             torch.manual_seed(hash((args.seed, step, process.rank)) % 2 ** 32)
-        for i in range(accumulate):
-            batch = torch.from_numpy(loader.batch(step * rows + (i * process.world + process.rank) * micro, micro))
-            batch = (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
-            trainer.micro_step(batch[:, :-1], batch[:, 1:], last=i == accumulate - 1)
-        trainer.update()
-        step += 1
-        pending.append((torch.stack((trainer.loss, trainer.norm)), {"step": step, "lr": args.lr * share}))
+        for i in range(accumulate * level):
+            batch, prefix = (t if t is None else t.to(device, non_blocking=True) for t in next(stream))
+            targets = batch[:, 1:] if prefix is None else mask_prefix(batch[:, 1:], prefix)
+            trainer.micro_step(batch[:, :-1], targets, last=i == accumulate * level - 1, prefix=prefix)
+        trainer.clip()
+        line = {"step": step + 1, "lr": args.lr * share} | ({"batch_tokens": rows * level * T} if levels > 1 else {})
+        stats = torch.stack((trainer.loss, trainer.norm))
         trainer.loss.zero_()
+        pending.append((stats, line))
+        tokens += rows * level * T
+        spike = ""
+        if args.spike != "none":  # a function of means over all processes: they decide the same
+            loss, norm = (all_reduce(stats.clone()) / process.world).tolist()
+            overflow = trainer.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)
+            if not overflow:  # which is the scaler's to skip
+                spike = find_spike(past["history"], loss, norm, args.spike_z, args.spike_norm, args.spike_window)
+        if not spike:
+            trainer.apply()
+            step += 1
+            if args.spike != "none" and not overflow:
+                past["history"] = [*past["history"], [loss, norm]][-args.spike_window:]
+                past["in_a_row"] *= step <= past["furthest"]
+            continue
+
+        # a spike
+        trainer.drop()
+        line["spike"] = spike
+        past |= {"in_a_row": past["in_a_row"] + 1, "furthest": max(past["furthest"], step + 1)}
+        if past["in_a_row"] > 10:
+            raise BadInput(f"ten loss spikes in a row up to step {step + 1} (the last: {spike}): lower --lr, or raise "
+                           f"--spike_z; {out} keeps its last save")
+        where = f"step {step + 1}: loss {loss:.4f}, gradient norm {norm:.2f}, {spike}: "
+        if args.spike == "skip":
+            step += 1
+            say(f"{where}its update is left out", flush=True)
+        else:
+            saved, end = load_optim(args.out), first_row(step + 1)
+            trainer.load_state_dict(saved)
+            step, best, rewound = saved["step"], saved["best"], True
+            past |= {"history": saved["past"]["history"]}
+            past["left_out"] += end - first_row(step)  # goes on with the row after the spike's
+            line["rewound_to"] = step
+            stream.close()
+            stream = data.prefetch(batches(step, first_row(step)), args.prefetch)
+            say(f"{where}back to step {step}, and on with row {end}", flush=True)
 
     # what it learned
-    save(metrics, weights=args.keep == "last")
+    stream.close()
+    save(metrics, weights=args.keep != "best")
     if interrupted:
         say(f"stopped at step {step} and saved: python train.py --resume --out {out} goes on from here")
     elif main_process:
         if args.keep == "best":
             metrics = best
             model.load_state_dict(load_safetensors(out / "model.safetensors"))
+        elif trainer.ema:
+            model.load_state_dict(trainer.ema)
         metrics = metrics | report(model, tokenizer, folders, say)
         if timed[0]:
-            tokens_per_s = timed[0] * rows * T / timed[1]
+            tokens_per_s = timed[0] / timed[1]
             metrics |= {"tokens_per_s": round(tokens_per_s), "peak_memory": peak_memory(device)}
             metrics |= {"mfu": flops * tokens_per_s / process.world / peak} if peak else {}
         metrics |= {"seconds": round(time.time() - started, 1)}
         metrics = {name: round(value, 5) for name, value in metrics.items()}
-        save_run(out, model, {"stage": "train", "step": step, "metrics": metrics, "args": vars(args),
-                              "tokenizer": tokenizer.spec()})
+        save_run(out, model, describe(metrics))
         print(json.dumps(metrics))
     if process.world > 1:
         dist.barrier()

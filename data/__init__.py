@@ -3,17 +3,22 @@ How text becomes batches: a corpus is tokenized once into a flat file, and every
 of (seed, step, row), whatever the number of processes and wherever a run was resumed.
 
 A corpus is a module of this folder with documents(split, input) -> (text, starts_document) pairs and, if a
-model can be asked about it, checks(input) -> {metric: [{"prompt", "answer"}, …]}.
+model can be asked about it, checks(input) -> {metric: [{"prompt", "answer"}, …]}. One that comes tokenized has
+TOKENIZER, a name, and shards(input) -> {split: [token files]} instead.
 
-    data/<corpus>/<tokenizer>/train.bin, val.bin     256 int32 of header, then uint16 or uint32 ids
+    data/<corpus>/<tokenizer>/train.bin, val.bin     256 int32 of header, then uint16 or uint32 ids,
+                              train.json, val.json   or the names of several such files
     data/<corpus>/<tokenizer>/meta.json, tokenizer.tiktoken, checks.json
 """
+import contextlib
 import hashlib
 import importlib
 import json
 import os
+import queue
 import shutil
 import sys
+import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -22,7 +27,7 @@ import numpy as np
 
 from bpe import BadInput, Tokenizer, replace_file
 
-CORPORA = ("bios", "arithmetic", "shakespeare", "text", "stdlib")
+CORPORA = ("bios", "arithmetic", "shakespeare", "tinystories", "fineweb", "text", "stdlib")
 MAGIC = 20240520  # of the public fineweb shards: header[0]; header[1] version, header[2] number of tokens
 TOKENIZER_CHARS = 100_000_000  # a tokenizer is trained on at most this much of a corpus
 
@@ -47,7 +52,13 @@ def write_tokens(path, arrays, n_vocab):
 
 
 def open_tokens(path):
-    """The ids of a token file as a read-only memory map, (n,) uint16 or uint32."""
+    """
+    The ids of a token file as a read-only memory map, (n,) uint16 or uint32; where there is NAME.json instead of
+    NAME.bin, those of all the files that it lists, one after the other.
+    """
+    path = Path(path)
+    if not path.exists() and (names := _read_json(path.with_suffix(".json"))):
+        return Shards([open_tokens(path.parent / name) for name in names])
     try:
         size = os.path.getsize(path)
         header = np.fromfile(path, dtype=np.int32, count=256)
@@ -60,6 +71,24 @@ def open_tokens(path):
     if (size - 1024) % np.dtype(dtype).itemsize or header[2] not in (count, -1):
         raise BadInput(f"{path} holds {count} tokens but its header says {header[2]}: delete it, it is made again")
     return np.memmap(path, dtype=dtype, mode="r", offset=1024, shape=(count,)) if count else np.zeros(0, dtype)
+
+
+class Shards:
+    """Several arrays of ids that are read as one: len, slices of step 1, nothing loaded before it is asked for."""
+
+    def __init__(self, parts):
+        self.parts, self.starts = parts, np.cumsum([0] + [len(ids) for ids in parts])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, where):
+        start, stop, _ = where.indices(len(self))
+        first = min(int(np.searchsorted(self.starts, start, side="right")), len(self.parts)) - 1
+        last = max(first + 1, int(np.searchsorted(self.starts, stop, side="left")))
+        pieces = [ids[max(0, start - a):max(0, stop - a)]
+                  for ids, a in zip(self.parts[first:last], self.starts[first:last].tolist())]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 # -----------------------------------------------------------------------------
@@ -134,6 +163,14 @@ def prepare(spec, tokenizer=None, vocab_size=1024, input=None, root=None):
     weights, root = parse_mixture(spec), Path(root or Path(__file__).parent)
     names = sorted(weights)
     made = {name: _fingerprint(name, input) for name in names}
+    ready = {name: module for name in names
+             if hasattr(module := importlib.import_module(f"data.{name}"), "shards")}  # these come tokenized
+    for name, module in ready.items():
+        theirs = Tokenizer.from_pretrained(module.TOKENIZER)
+        same = isinstance(tokenizer, Tokenizer) and tokenizer.spec() == theirs.spec()
+        if not same and tokenizer not in (None, module.TOKENIZER):
+            raise BadInput(f"--data {name} comes tokenized: leave --tokenizer out, or give {module.TOKENIZER}")
+        tokenizer = theirs
     if isinstance(tokenizer, Tokenizer):
         label = f"{tokenizer.kind}-{hashlib.sha256(json.dumps(tokenizer.spec()).encode()).hexdigest()[:8]}"
     elif tokenizer in (None, "char"):
@@ -143,6 +180,8 @@ def prepare(spec, tokenizer=None, vocab_size=1024, input=None, root=None):
         tokenizer = Tokenizer.from_pretrained(tokenizer)
         return prepare(spec, tokenizer, input=input, root=root)
     folders = {name: root / name / label for name in names}
+    for name, module in ready.items():  # another choice of shards is another folder
+        folders[name] = folders[name].with_name(f"{label}-{hashlib.sha256(str(input).encode()).hexdigest()[:8]}")
     metas = {name: _read_json(folder / "meta.json") for name, folder in folders.items()}
     if all(metas[name] and metas[name]["made_from"] == made for name in names):
         return {name: (weights[name], folders[name]) for name in names}, Tokenizer.load(folders[names[0]])
@@ -157,8 +196,11 @@ def prepare(spec, tokenizer=None, vocab_size=1024, input=None, root=None):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         start, size = time.time(), {}
-        tokens = {split: write_tokens(folder / f"{split}.bin", _encode(name, split, tokenizer, input, size),
-                                      tokenizer.n_vocab) for split in ("train", "val")}
+        if name in ready:
+            tokens = link_tokens(folder, ready[name].shards(input), tokenizer.n_vocab)
+        else:
+            tokens = {split: write_tokens(folder / f"{split}.bin", _encode(name, split, tokenizer, input, size),
+                                          tokenizer.n_vocab) for split in ("train", "val")}
         for split, n in tokens.items():
             if n < 2:
                 raise BadInput(f"--data {name} has no text for {split}: give a file or folder with more text")
@@ -168,15 +210,37 @@ def prepare(spec, tokenizer=None, vocab_size=1024, input=None, root=None):
         tokenizer.save(folder)
         (folder / "meta.json").write_text(json.dumps({
             "tokenizer": tokenizer.spec(), "tokens": tokens, "bytes": size, "made_from": made,
-            "sha256": {s: hashlib.sha256(open_tokens(folder / f"{s}.bin")).hexdigest() for s in tokens}}, indent=1))
+            "sha256": {s: digest(open_tokens(folder / f"{s}.bin")) for s in tokens}}, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         try:
             folder.rename(final)
         except OSError:  # another run made the same in the meantime
             shutil.rmtree(folder)
-        print(f"{name}: {tokens['train']:,} + {tokens['val']:,} tokens of {sum(size.values()):,} bytes "
-              f"in {time.time() - start:.1f} s")
+        print(f"{name}: {tokens['train']:,} + {tokens['val']:,} tokens "
+              + (f"of {sum(size.values()):,} bytes " if size else "") + f"in {time.time() - start:.1f} s")
     return {name: (weights[name], folders[name]) for name in names}, tokenizer
+
+
+def link_tokens(folder, shards, n_vocab):
+    """List token files that exist in folder/{train,val}.json; returns {split: number of tokens}."""
+    tokens = {}
+    for split, paths in shards.items():
+        for path in paths:
+            ids = open_tokens(path)
+            largest = max((int(ids[i:i + 2 ** 24].max()) for i in range(0, len(ids), 2 ** 24)), default=0)
+            if largest >= n_vocab:
+                raise BadInput(f"{path} holds id {largest}, but its tokenizer has {n_vocab}: it is of another one")
+        (folder / f"{split}.json").write_text(json.dumps([str(Path(path).resolve()) for path in paths]))
+        tokens[split] = len(open_tokens(folder / f"{split}.bin"))
+    return tokens
+
+
+def digest(ids):
+    """The sha256 of an array of ids, a block at a time."""
+    sha = hashlib.sha256()
+    for i in range(0, len(ids), 2 ** 24):
+        sha.update(np.ascontiguousarray(ids[i:i + 2 ** 24]))
+    return sha.hexdigest()
 
 
 # -----------------------------------------------------------------------------
@@ -241,6 +305,44 @@ def eval_batches(ids, T, max_tokens, rows, rank=0, world=1):
             n = min(T, targets - start)
             x[row, :n], y[row, :n] = ids[start:start + n], ids[start + 1:start + n + 1]
         yield x, y
+
+
+def prefetch(items, depth=2):
+    """
+    The items of an iterator, the next `depth` of them made by a thread while the last one is used (0: no thread).
+    Same items, same order; an error in the thread is raised here; the thread ends when this is closed or dropped.
+    """
+    if not depth:
+        yield from items
+        return
+    ready, stopped = queue.Queue(depth), threading.Event()
+
+    def fill():
+        error = None
+        try:
+            for item in items:
+                ready.put((item, None, False))
+                if stopped.is_set():
+                    return
+        except BaseException as e:  # it is the consumer's to see
+            error = e
+        ready.put((None, error, True))
+
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error, end = ready.get()
+            if error is not None:
+                raise error
+            if end:
+                return
+            yield item
+    finally:
+        stopped.set()
+        while thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                ready.get(timeout=0.01)  # room for what it wants to put
 
 
 # -----------------------------------------------------------------------------

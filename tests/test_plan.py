@@ -157,7 +157,7 @@ def test_offload_leaves_16_bit_weights_on_the_gpu():  # ZeRO-Offload, Ren et al.
 @pytest.mark.parametrize("optimizer", ["adam", "muon", "adafactor", "momentum"])
 def test_weights_gradients_and_optimizer_hold_the_planned_bytes(style, optimizer):
     model = build(c := config(style))
-    args = argparse.Namespace(optimizer="muon", weight_decay=0.1, beta2=0.95, lr=0.02, adam_lr=0.01)
+    args = train.get_args(["--weight_decay", "0.1"])  # muon
     optimizers = {"adam": lambda: [torch.optim.AdamW(adamw_groups(model, 0.1))],
                   "muon": lambda: train.make_optimizers(model, args, torch.device("cpu")),
                   "adafactor": lambda: [torch.optim.Adafactor(model.parameters())],

@@ -252,6 +252,15 @@ class Float8Product(torch.autograd.Function):
         return dx, dw
 
 
+def use_float8(model):
+    """Multiply in 8 bits, while training, in every Linear of the blocks; widths must be multiples of 16."""
+    if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (8, 9):
+        raise BadInput("--fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper): leave it out here")
+    for m in model.blocks.modules():
+        if isinstance(m, Linear):
+            m.fp8 = m.in_features % 16 == m.out_features % 16 == 0
+
+
 def joint(x, *linears):
     """
     Several Linears of one input. Training on a GPU they run as one product over their stacked weights, which saves 5 %

@@ -390,6 +390,19 @@ def test_loss_per_token_is_differentiable_row_by_row():
         assert torch.allclose(p.grad, q.grad, atol=1e-4)
 
 
+def test_products_in_8_bits_are_near_the_exact_ones():
+    """e4m3 keeps 3 bits of a fraction and e5m2 2: relative errors of a few per cent, whatever the scale."""
+    for scale in (1e-4, 1.0, 1e4):
+        x, w, g = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((64, 32), (48, 32), (64, 48)))
+        x, w = (x * scale).requires_grad_(), w.requires_grad_()
+        y = M.Float8Product.apply(x, w)
+        y.backward(g)
+        for got, exact in ((y, x @ w.T), (x.grad, g @ w), (w.grad, g.T @ x)):
+            assert (got - exact).float().norm() < 0.1 * exact.float().norm()
+    with pytest.raises(BadInput, match="--fp8 needs"):
+        M.use_float8(make())
+
+
 def test_overfits_one_batch():
     model = make(noise=False).train()
     x, y = tokens(2, 16), tokens(2, 16, 1)

@@ -9,6 +9,7 @@ with AdamW (Loshchilov & Hutter 2019) or Muon (Jordan et al. 2024), one process 
     python train.py --data shakespeare --tokenizer char --out out/shakespeare
     torchrun --nproc_per_node 8 train.py --preset gpt2 --data text --input books/ --tokenizer gpt2 \\
         --batch_tokens 524288 --lr 0.01
+    torchrun --nproc_per_node 8 train.py --preset gpt2-xl --parallel fsdp --tp 2 --recompute selective   # and so on
 """
 import argparse
 import json
@@ -16,18 +17,15 @@ import math
 import shutil
 import signal
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 from bpe import BadInput, cli, replace_file
-from model import (GPT, GPTConfig, PRESETS, adamw_groups, all_reduce, count_parameters, flops_per_token, init_weights,
-                   load_safetensors, peak_flops, peak_memory, save_run, setup_process)
+from model import (GPT, GPTConfig, MODES, PRESETS, adamw_groups, all_reduce, check_layout, count_parameters,
+                   flops_per_token, init_weights, load_run, load_safetensors, peak_flops, peak_memory, save_run,
+                   setup_process, shard)
 
 # -----------------------------------------------------------------------------
 # Muon
@@ -125,6 +123,14 @@ def make_optimizers(model, args, device, capturable=False):
     return optimizers
 
 
+ELEMENTWISE = ("adamw",)  # optimizers that may see a part of a parameter at a time
+
+
+def sees_whole(optimizer, name, shape):
+    """Must this optimizer see a parameter whole? Muon: the blocks' matrices."""
+    return optimizer not in ELEMENTWISE and name.startswith("blocks.") and len(shape) == 2
+
+
 # -----------------------------------------------------------------------------
 # Schedules: the share of the peak learning rate at progress t in [0, 1), after the warm-up
 
@@ -158,7 +164,7 @@ def validate(model, sources, T, max_tokens, rows, process, token_bytes):
     for name, (weight, ids) in sources.items():
         part = torch.zeros(3, dtype=torch.float64)
         limit = max(1, round(max_tokens * weight)) if max_tokens else 0
-        for x, y in data.eval_batches(ids, T, limit, rows, process.rank, process.world):
+        for x, y in data.eval_batches(ids, T, limit, rows, process.dp_rank, process.dp_world):
             x, y = torch.from_numpy(x).to(process.device), torch.from_numpy(y)
             loss = model(x, y.to(process.device), reduction="sum")[1]
             y = y[y != -100]
@@ -204,9 +210,10 @@ class Trainer:
 
     def __init__(self, model, args, process, dtype, accumulate, graphs):
         self.model, self.grad_clip, self.accumulate = model, args.grad_clip or math.inf, accumulate
-        self.optimizers = make_optimizers(model, args, process.device, capturable=graphs)
+        self.sharded = shard(model, process, args, whole=lambda name, shape: sees_whole(args.optimizer, name, shape))
+        self.optimizers = make_optimizers(self.sharded.stand_in, args, process.device, capturable=graphs)
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
-        self.forward = model if process.world == 1 else DistributedDataParallel(model)
+        self.waiting = []  # micro-batches for a pipeline
         self.loss, self.norm = (torch.zeros((), device=process.device) for _ in range(2))
         self.graphs, self.batch = [] if graphs else None, None
 
@@ -225,18 +232,25 @@ class Trainer:
         self._update() if self.graphs is None else self.graphs[1].replay()
 
     def _micro_step(self, x, y, last=True):
-        with nullcontext() if last or self.forward is self.model else self.forward.no_sync():
-            loss = self.forward(x, y)[1] / self.accumulate
-            self.scaler.scale(loss).backward()
+        if self.sharded.pipeline is not None:  # it takes them all at once
+            self.waiting.append((x, y))
+            if last:
+                x, y = (torch.cat(z) for z in zip(*self.waiting))
+                self.loss += self.sharded.pipeline.step(x, y, len(self.waiting)) * self.sharded.process.pp
+                self.waiting = []
+            return
+        loss = self.sharded(x, y, last=last)[1] / self.accumulate
+        self.scaler.scale(loss).backward()
         self.loss += loss.detach()
 
     def _update(self):
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        self.norm.copy_(nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip))
+        self.norm.copy_(self.sharded.reduce(self.grad_clip))
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=self.graphs is None)
+        self.sharded.publish()
         self.scaler.update()
 
     def record(self, x, y):
@@ -266,14 +280,12 @@ class Trainer:
                 lr = group["peak_lr"] * share
                 group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else group.update(lr=lr)
 
-    def state_dict(self):
-        return {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-                "scaler": self.scaler.state_dict()}
+    def state_dict(self, sharded=False):
+        """Whole tensors on rank 0, or the parts of every rank; see model.Sharded."""
+        return self.sharded.state_dict(self.optimizers, sharded) | {"scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state):
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        self.sharded.load_state_dict(state, self.optimizers)
         self.scaler.load_state_dict(state["scaler"])
 
 
@@ -318,6 +330,18 @@ def get_args(argv=None):
     add("--weight_decay", type=float, default=0.0, help="of matrices")
     add("--beta2", type=float, default=0.95)
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: none")
+    # processes
+    add("--parallel", default="ddp", choices=list(MODES), help="; ".join(f"{k}: {v}" for k, v in MODES.items()))
+    add("--hsdp_shard", type=int, default=0, help="processes of an hsdp group (0: one machine's)")
+    add("--tp", type=int, default=1, help="tensor parallelism: processes that share each matrix")
+    add("--pp", type=int, default=1, help="pipeline parallelism: stages of layers")
+    add("--pp_schedule", default="1f1b", choices=["gpipe", "1f1b"])
+    add("--cp", type=int, default=1, help="context parallelism: processes that share each sequence")
+    add("--recompute", default="none", choices=["none", "block", "selective"],
+        help="in the backward pass, for memory: whole blocks, or all but matrix products and attention")
+    add("--offload", default=False, **flag, help="optimizer state and the weights it steps in main memory")
+    add("--ckpt", default="full", choices=["full", "sharded"], help="optim.pt whole, or one file a process")
+    add("--timeout", type=float, default=120, help="seconds after which a process that waits for another gives up")
     # looking
     add("--eval_every", type=int, default=250, help="steps; 0: only at the end")
     add("--eval_tokens", type=int, default=65536, help="validation tokens; 0: all")
@@ -332,9 +356,19 @@ def get_args(argv=None):
 
 
 def load_optim(out):
+    """What --resume needs; tensors are mapped from the file, so that each process reads only its own part."""
     path = Path(out) / "optim.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for file in state.get("files", []):
+            part = torch.load(path.with_name(file), map_location="cpu", weights_only=True, mmap=True)
+            for name, pieces in part["model"].items():
+                state["model"].setdefault(name, []).extend(pieces)
+            for mine, theirs in zip(state["optimizers"], part["optimizers"]):
+                for i, values in theirs["state"].items():
+                    for key, pieces in values.items():
+                        mine["state"].setdefault(i, {}).setdefault(key, []).extend(pieces)
+        return state
     except FileNotFoundError:
         raise BadInput(f"--resume: there is no {path}; start without --resume, or give the run's --out") from None
     except Exception as error:  # pickle, zip and torch each have their own
@@ -350,17 +384,47 @@ def make_config(args, n_vocab):
 
 def split_batch(args, T, process):
     """(rows of a step over all processes, rows of a micro-batch, micro-batches); BadInput names a size that works."""
-    rows, rest = divmod(args.batch_tokens, T * process.world)
+    rows, rest = divmod(args.batch_tokens, T * process.dp_world)
     if rest or not rows:
-        step = T * process.world
-        raise BadInput(f"--batch_tokens {args.batch_tokens} is not a multiple of block_size {T} x {process.world} "
+        step = T * process.dp_world
+        raise BadInput(f"--batch_tokens {args.batch_tokens} is not a multiple of block_size {T} x {process.dp_world} "
                        f"process(es): use {max(1, rows) * step} or {(rows + 1) * step}")
     limit = 65536 if process.device.type == "cuda" else 16384  # tokens that one forward pass may hold
-    micro = args.micro_batch or next(m for m in range(min(rows, max(1, limit // T)), 0, -1) if rows % m == 0)
+    most = max(1, min(rows, limit * process.cp // T, rows // (4 * process.pp) if process.pp > 1 else rows))
+    micro = args.micro_batch or next(m for m in range(most, 0, -1) if rows % m == 0)
     if rows % micro:
         fits = [m for m in range(1, rows + 1) if rows % m == 0]
         raise BadInput(f"--micro_batch {micro} does not divide the {rows} rows of a process: use one of {fits}")
-    return rows * process.world, micro, rows // micro
+    return rows * process.dp_world, micro, rows // micro
+
+
+def save_optim(out, trainer, process, sharded, **rest):
+    """
+    OUT/optim.pt, replaced at once. Returns the whole weights on rank 0. sharded: each process writes its parts beside
+    it, and then optim.pt names their files, so that it never names one that is not whole.
+    """
+    path = Path(out) / "optim.pt"
+    if not sharded:
+        state = trainer.state_dict()
+        if process.rank == 0:
+            with replace_file(path) as f:
+                torch.save({**state, **rest}, f)
+    else:
+        state = trainer.state_dict(sharded=True)
+        names = [f"optim-{rest['step']}-{r}-of-{process.world}.pt" for r in range(process.world)]
+        with replace_file(path.with_name(names[process.rank])) as f:
+            torch.save({name: state[name] for name in ("model", "optimizers")}, f)
+        process.wait()
+        if process.rank == 0:
+            groups = [{"state": {}, "param_groups": o["param_groups"]} for o in state["optimizers"]]
+            with replace_file(path) as f:
+                torch.save({"model": {}, "optimizers": groups, "scaler": state["scaler"], "files": names, **rest}, f)
+        state = {"model": {key[1]: t for key, t in trainer.sharded.gather(trainer.sharded.held()).items()}}
+    if process.rank == 0:
+        for old in path.parent.glob("optim-*-of-*.pt"):
+            if not sharded or old.name not in names:
+                old.unlink()
+    return state.get("model", {})
 
 
 def start_run(out):
@@ -390,7 +454,7 @@ def report(model, tokenizer, folders, say):
 
 def main():
     args = get_args()
-    process = setup_process(args.device)
+    process = setup_process(args.device, args)
     device, main_process = process.device, process.rank == 0
     say = print if main_process else lambda *a, **k: None
     started = time.time()
@@ -399,11 +463,12 @@ def main():
     if main_process:
         folders, tokenizer = data.prepare(args.data, args.tokenizer, args.vocab_size, args.input)
     if process.world > 1:
-        dist.barrier()
+        process.wait()
         if not main_process:
             folders, tokenizer = data.prepare(args.data, args.tokenizer, args.vocab_size, args.input)
     config = make_config(args, tokenizer.n_vocab)
     T = config.block_size
+    check_layout(config, process, T)
     rows, micro, accumulate = split_batch(args, T, process)
     loader = data.TokenLoader([(w, data.open_tokens(f / "train.bin")) for w, f in folders.values()], T, args.seed)
     val = {name: (w, data.open_tokens(f / "val.bin")) for name, (w, f) in folders.items()}
@@ -415,10 +480,12 @@ def main():
     args.dtype = str(dtype).removeprefix("torch.")
     model = GPT(config)
     init_weights(model, args.seed)
-    model.to(device).compute_dtype = dtype
-    total, matmul = count_parameters(model)
-    graphs = device.type == "cuda" and process.world == 1 and dtype != torch.float16 and total < 50e6
+    model.compute_dtype = dtype
+    (total, matmul), flops = count_parameters(model), flops_per_token(model, T)
+    graphs = device.type == "cuda" and process.world == 1 and dtype != torch.float16 and total < 50e6 and not args.offload
     trainer = Trainer(model, args, process, dtype, accumulate, graphs if args.graphs is None else args.graphs)
+    if dtype == torch.float16 and not trainer.sharded.plain:
+        raise BadInput("--dtype float16 scales the loss, which works with --parallel ddp alone: use bfloat16")
     if device.type == "cuda" if args.compile is None else args.compile:
         model.compile_parts()
 
@@ -430,6 +497,7 @@ def main():
                            f"give the run's own flags, or start without --resume")
         trainer.load_state_dict(saved)
         step, best = saved["step"], saved["best"]
+        del saved  # lets go of the file, which the next save replaces
     if main_process:
         if args.resume:  # the log goes back to the step that was saved
             lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
@@ -439,23 +507,27 @@ def main():
             start_run(out)
             tokenizer.save(out)
         log = open(out / "log.jsonl", "a")
-    flops, peak = flops_per_token(model, T), peak_flops(device)
+    peak = peak_flops(device)
     say(f"{total / 1e6:.2f}M parameters, {matmul / 1e6:.2f}M in matrix products; {rows} rows x {T} tokens a step in "
-        f"{accumulate} x {process.world} micro-batches; {device}, {args.dtype}, {args.optimizer}\n"
+        f"{accumulate} x {process.dp_world} micro-batches; {device}, {args.dtype}, {args.optimizer}\n"
         f"MFU = (6 x {matmul:,} + 12 L H D T) x tokens/s / "
         + (f"{peak / 1e12:.0f} TFLOP/s dense bf16" if peak else "the device's peak, which is not known here: mfu n/a"))
 
+    if process.world > 1:
+        say(f"{args.parallel} over {process.dp_world} x tp {args.tp} x cp {args.cp} x pp {args.pp}" + (
+            f"; {accumulate} micro-batches leave a stage idle {trainer.sharded.pipeline.bubble(accumulate):.0%} of the "
+            f"time ({args.pp_schedule})" if args.pp > 1 else ""))
+
     def save(metrics, weights=True):
         """What resuming needs, then what the next stages need; `weights` False leaves an earlier best in place."""
-        if not main_process:
-            return
-        log.flush()
-        with replace_file(out / "optim.pt") as f:
-            torch.save({**trainer.state_dict(), "step": step, "best": best, "args": vars(args),
-                        "config": vars(config), "corpus": corpus}, f)
-        if weights:
+        if main_process:
+            log.flush()
+        whole = save_optim(out, trainer, process, args.ckpt == "sharded", step=step, best=best, args=vars(args),
+                           config=vars(config), corpus=corpus)
+        if weights and main_process:
             save_run(out, model, {"stage": "train", "step": step, "metrics": metrics, "args": vars(args),
-                                  "tokenizer": tokenizer.spec()})
+                                  "tokenizer": tokenizer.spec()}, whole)
+        process.wait()
 
     # loop
     stop = []  # signals that came
@@ -491,7 +563,7 @@ def main():
                 + (f"  {left[0]}:{left[1]:02} left" if left else ""), flush=True)
             pending, clock = [], time.time()
         if evaluating and not interrupted and (step > first or last):
-            metrics = validate(model, val, T, args.eval_tokens, micro, process, token_bytes)
+            metrics = validate(trainer.sharded, val, T, args.eval_tokens, micro, process, token_bytes)
             say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
             if metrics["val_loss"] < best["val_loss"]:
                 best = metrics
@@ -509,7 +581,7 @@ def main():
         if config.dropout:  # masks too are a function of (seed, step, rank)
             torch.manual_seed(hash((args.seed, step, process.rank)) % 2 ** 32)
         for i in range(accumulate):
-            batch = torch.from_numpy(loader.batch(step * rows + (i * process.world + process.rank) * micro, micro))
+            batch = torch.from_numpy(loader.batch(step * rows + (i * process.dp_world + process.dp_rank) * micro, micro))
             batch = (batch.pin_memory() if device.type == "cuda" else batch).to(device, non_blocking=True)
             trainer.micro_step(batch[:, :-1], batch[:, 1:], last=i == accumulate - 1)
         trainer.update()
@@ -522,8 +594,11 @@ def main():
     if interrupted:
         say(f"stopped at step {step} and saved: python train.py --resume --out {out} goes on from here")
     elif main_process:
-        if args.keep == "best":
-            metrics = best
+        metrics = best if args.keep == "best" else metrics
+        if not trainer.sharded.plain:  # one whole model, to look at
+            model = load_run(out, device)[0]
+            model.compute_dtype = dtype
+        elif args.keep == "best":
             model.load_state_dict(load_safetensors(out / "model.safetensors"))
         metrics = metrics | report(model, tokenizer, folders, say)
         if timed[0]:
@@ -535,9 +610,7 @@ def main():
         save_run(out, model, {"stage": "train", "step": step, "metrics": metrics, "args": vars(args),
                               "tokenizer": tokenizer.spec()})
         print(json.dumps(metrics))
-    if process.world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    process.close()
 
 
 if __name__ == "__main__":

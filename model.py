@@ -1,5 +1,5 @@
 """
-The GPT that every stage shares: config, blocks, loss, cache and generation engine, process set-up,
+The GPT that every stage shares: config, blocks, loss, cache and generation engine, processes and parallelism,
 FLOP accounting, safetensors, run directories, Hugging Face import.
 
     p(x_1 … x_T) = Π_t p(x_t | x_<t),    loss = -1/T Σ_t log p(x_t | x_<t)   (nats per token)
@@ -22,7 +22,8 @@ import math
 import os
 import sys
 from collections import namedtuple
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -271,7 +272,7 @@ def joint(x, *linears):
         return [f(x) for f in linears]
     weight = torch.cat([f.weight for f in linears]).to(x.dtype)
     bias = None if linears[0].bias is None else torch.cat([f.bias for f in linears]).to(x.dtype)
-    return F.linear(x, weight, bias).split([f.out_features for f in linears], -1)
+    return F.linear(x, weight, bias).split([f.weight.shape[0] for f in linears], -1)
 
 
 class Norm(nn.Module):
@@ -684,12 +685,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             total = total + losses.sum()
             dx.append(grad @ w)
             if ctx.needs_input_grad[1]:
-                wide = grad.is_cuda and weight.dtype != x.dtype and not torch.compiler.is_compiling()
+                wide = grad.is_cuda and x.dtype != torch.float32 and not torch.compiler.is_compiling()
                 # on a GPU, the product's own float32 sums
-                d = torch.mm(grad.T, xi, out_dtype=weight.dtype) if wide else (grad.T @ xi).to(weight.dtype)
+                d = torch.mm(grad.T, xi, out_dtype=torch.float32) if wide else (grad.T @ xi).float()
                 dw = d if dw is None else dw.add_(d)
             del grad  # before the next chunk's
-        ctx.save_for_backward(torch.cat(dx), dw)
+        ctx.save_for_backward(torch.cat(dx), dw if dw is None else dw.to(weight.dtype))
         return total
 
     @staticmethod
@@ -793,6 +794,11 @@ class GPT(nn.Module):
         self.loss = linear_cross_entropy
         self.z_loss = 0.0  # of linear_cross_entropy, while training
         self._decoder = None
+        # what a rank of a larger machine holds, see shard
+        self.layers = range(c.n_layer)  # of its pipeline stage
+        self.heads = slice(None)        # of its tensor-parallel rank
+        self.tp = self.cp = None        # process groups
+        self.places = self.in_order = None  # (T / cp,) places of its tokens, (T,) of everybody's keys back in order
 
     def compile_parts(self, whole=False):
         """
@@ -803,12 +809,12 @@ class GPT(nn.Module):
             self.trunk = torch.compile(self.trunk, dynamic=False)
         for block in () if whole else self.blocks:
             block.compile(dynamic=False)
-        if triton is None or self.config.softcap or self.compute_dtype == torch.float32:
-            self.loss = torch.compile(linear_cross_entropy, dynamic=False)
+        if triton is None or self.config.softcap or self.compute_dtype == torch.float32 or self.tp is not None:
+            self.loss = torch.compile(self.loss, dynamic=False)
 
     @property
     def device(self):
-        return self.wte.weight.device
+        return next(self.parameters()).device
 
     @property
     def head_weight(self):
@@ -820,7 +826,8 @@ class GPT(nn.Module):
         places of the queries, keys the number of places with a key. Doubles as flex_attention's mask and score_mod.
         """
         c, device, views = self.config, i.device, {}
-        slopes = c.alibi_scale * self.slopes if c.pos == "alibi" else None
+        slopes = c.alibi_scale * self.slopes[self.heads] if c.pos == "alibi" else None
+        n_head = len(range(c.n_head)[self.heads])
         cached = i.dim() == 2
 
         def seer(kind):  # the kind is of the closure: torch.compile would not notice another default argument
@@ -833,54 +840,45 @@ class GPT(nn.Module):
                 return see
             return sees
 
+        def at_places(sees, i):
+            return lambda b, h, n, j: sees(b, h, i[n], j)
+
         def bent(score, b, h, i, j):
             return score - slopes[h] * (i - j)
 
         for kind in sorted(set(c.attn_kinds)):
             base = "full" if kind == "window" and keys <= c.window else kind
             sees = seer(base)
-            plain = base == "full" and doc_ids is None and prefix is None and not cached
+            plain = base == "full" and doc_ids is None and prefix is None and not cached and self.cp is None
             if plain and c.pos not in ("alibi", "t5"):
                 views[kind] = None
                 continue
             if flexible and c.pos != "t5":  # T5's bias needs a gradient
                 per_row = None if doc_ids is None and prefix is None else B
-                views[kind] = (bent if c.pos == "alibi" else None), flex()[1](sees, per_row, None, T, keys, device)
+                mask, score = sees, bent
+                if self.cp is not None:  # flex_attention counts this rank's queries, n; i holds their places
+                    mask, score = at_places(sees, i), lambda s, b, h, n, j: bent(s, b, h, i[n], j)
+                views[kind] = (score if c.pos == "alibi" else None), flex()[1](mask, per_row, None, T, keys, device)
                 continue
-            b, h = torch.arange(B, device=device)[:, None, None, None], torch.arange(c.n_head, device=device)[:, None, None]
+            b, h = torch.arange(B, device=device)[:, None, None, None], torch.arange(n_head, device=device)[:, None, None]
             rows, columns = (i[:, None] if cached else i)[..., None], torch.arange(keys, device=device)
             mask = sees(b, h, rows, columns)
             bias = None
             if c.pos == "alibi":
                 bias = bent(torch.zeros((), device=device), b, h, rows, columns)
             elif c.pos == "t5":
-                bias = self.rel_bias(t5_bucket(rows - columns)).movedim(-1, -3)
+                bias = self.rel_bias(t5_bucket(rows - columns))[..., self.heads].movedim(-1, -3)
                 bias = bias.flatten(0, 1) if bias.dim() == 5 else bias
             if bias is not None:
                 mask = bias.masked_fill(~mask, -math.inf).to(self.compute_dtype)
             views[kind] = mask.view((1,) * (4 - mask.dim()) + mask.shape)
         return views
 
-    def trunk(self, idx, cache=None, positions=None, doc_ids=None, prefix=None, embeds=None):
-        """Hidden states (B, T, C) after the last norm. Arguments as in forward."""
+    def embed(self, idx, positions, embeds=None):
+        """What the first block reads, (B, T, C)."""
         c = self.config
-        B, T = idx.shape if embeds is None else embeds.shape[:2]
-        device = self.device
-        static = cache is not None and cache.static  # then the engine has counted
-        room = c.block_size if cache is None else min(c.block_size, cache.size) - cache.bound
-        if T > room and not static:
-            raise BadInput(f"{T} tokens do not fit into the {room} left of the model's context of {c.block_size}: "
-                           f"shorten the input, or train with a larger --block_size")
-        prefill = cache is not None and cache.bound == 0 and not static
-        places = torch.arange(T, device=device)  # (T,), or (B, T) where each row goes on at its own
-        if cache is not None:
-            places = places if prefill else cache.pos[:, None] + places
-            cache.bound = min(cache.bound + T, cache.size)
-        positions = places if positions is None else positions
-        keys = T if cache is None or prefill else cache.seen()
-        flexible = device.type == "cuda" and cache is None and not (self.training and c.dropout)
-        views = self.views(B, T, places, keys, doc_ids, prefix, flexible)
-
+        if self.tp is not None:
+            positions = positions.chunk(dist.get_world_size(self.tp), -1)[dist.get_rank(self.tp)]
         x = (self.wte(idx) if embeds is None else embeds).to(self.compute_dtype)
         if c.embd_scale != 1:
             x = x * c.embd_scale
@@ -890,17 +888,47 @@ class GPT(nn.Module):
             x = self.embd_in(x)
         if c.pos == "learned":
             x = x + self.wpe(positions).to(x.dtype)
-        rope = None
-        if c.pos == "rope":
-            rope = self.rope[:, positions].to(x.dtype).unsqueeze(-2)  # (2, [B,] T, 1, D): one for all heads
         if self.embd_norm is not None:
             x = self.embd_norm(x)
-        x = x0 = F.dropout(x, c.dropout, self.training)
-        for l, kind in enumerate(c.attn_kinds):
-            block = self.blocks[l // c.share]
+        return F.dropout(x, c.dropout, self.training)
+
+    def trunk(self, idx, cache=None, positions=None, doc_ids=None, prefix=None, embeds=None):
+        """
+        Hidden states (B, T, C) after the last norm. Arguments as in forward. With tensor parallelism the residual
+        stream is each rank's part of the sequence, (B, T / tp, C); idx of a later pipeline stage is that stream.
+        """
+        c = self.config
+        B, T = (idx if embeds is None else embeds).shape[:2]
+        T = T if self.layers.start == 0 or self.tp is None else T * dist.get_world_size(self.tp)
+        device = self.device
+        static = cache is not None and cache.static  # then the engine has counted
+        room = c.block_size if cache is None else min(c.block_size, cache.size) - cache.bound
+        if T > room and not static:
+            raise BadInput(f"{T} tokens do not fit into the {room} left of the model's context of {c.block_size}: "
+                           f"shorten the input, or train with a larger --block_size")
+        prefill = cache is not None and cache.bound == 0 and not static
+        places = torch.arange(T, device=device) if self.cp is None else self.places
+        # (T,), or (B, T) where each row goes on at its own
+        if cache is not None:
+            places = places if prefill else cache.pos[:, None] + places
+            cache.bound = min(cache.bound + T, cache.size)
+        positions = places if positions is None else positions
+        keys = T if cache is None or prefill else cache.seen()
+        keys = keys if self.cp is None else len(self.in_order)
+        flexible = device.type == "cuda" and cache is None and not (self.training and c.dropout)
+        views = self.views(B, T, places, keys, doc_ids, prefix, flexible)
+
+        rope = None
+        if c.pos == "rope":
+            rope = self.rope[:, positions].to(self.compute_dtype).unsqueeze(-2)  # (2, [B,] T, 1, D): one for all heads
+        x = x0 = self.embed(idx, positions, embeds) if self.layers.start == 0 else idx
+        for l in self.layers:
+            block, kind = self.blocks[l // c.share], c.attn_kinds[l]
             if self.mix_x is not None:
                 x = self.mix_x[l].to(x.dtype) * x + self.mix_x0[l].to(x.dtype) * x0
-            if cache is None:
+            if self.cp is not None:
+                x = block(x, rope, views[kind], self.everyones)
+            elif cache is None:
                 x = block(x, rope, views[kind])
             else:  # a block with a cache is not compiled
                 kv = functools.partial(cache.fill, l) if prefill else functools.partial(cache.update, l, places)
@@ -908,6 +936,11 @@ class GPT(nn.Module):
         if cache is not None:
             cache.pos.add_(T)
         return x if self.norm is None else self.norm(x)
+
+    def everyones(self, k, v):
+        """Keys and values (B, Hkv, T / cp, D) of this rank's tokens -> those of all T, in order."""
+        kv = AllGather.apply(torch.stack((k, v)), 3, self.cp)
+        return kv[:, :, :, self.in_order].unbind()
 
     def features(self, x):
         """What the head's matrix multiplies, (..., E), from hidden states (..., C)."""
@@ -929,10 +962,17 @@ class GPT(nn.Module):
         embeds (B, T, E) replaces the embedding of idx, which may be None. Raises BadInput where T exceeds block_size.
         """
         x = self.trunk(idx, cache, positions, doc_ids, prefix, embeds)
+        if self.layers.stop < self.config.n_layer:
+            return x  # the next stage's idx
         if targets is None:
             return self.logits(x), None
-        loss = self.loss(self.features(x).flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size,
-                         reduction, self.config.softcap, z_loss=self.z_loss if self.training else 0.0)
+        x = self.features(x)
+        x = x if self.tp is None else AllGather.apply(x, 1, self.tp)
+        extra = {"z_loss": self.z_loss} if self.z_loss and self.training else {}
+        loss = self.loss(x.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size, reduction,
+                         self.config.softcap, **extra)
+        if self.layers.start > 0:
+            return loss.view(1)  # a pipeline passes tensors
         return None, loss.view(targets.shape) if reduction == "none" else loss
 
     def scalars(self, idx, **kwargs):
@@ -1636,11 +1676,72 @@ def flops(args):
 # -----------------------------------------------------------------------------
 # Processes: one, or as many as torchrun started
 
-Process = namedtuple("Process", "device rank world")
+@dataclass
+class Process:
+    """
+    This process: its device, its rank of world, and how the world is laid out, as a mesh of four axes,
+        (pp, replicate, shard, tp), the last one fastest:
+    pp stages of a pipeline; replicas that hold the same parameters; shards that hold a part of each (FSDP); tp ranks
+    that hold a part of each matrix and compute on it. Context parallelism needs no axis of its own: for gradients its
+    cp ranks are more data, so they are the fastest part of the shards, or of the replicas where nothing is sharded.
+    """
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    mode: str = "ddp"  # see MODES
+    pp: int = 1
+    shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    mesh: object = None
+    groups: dict = field(default_factory=dict)  # pp, replicate, shard, tp, cp, stage (shard x tp), patient
+
+    @property
+    def replicate(self):
+        return self.world // (self.pp * self.shard * self.tp)
+
+    def place(self, rank=None):
+        """(pp, replicate, shard, tp) of a rank."""
+        rank, place = self.rank if rank is None else rank, []
+        for size in (self.tp, self.shard, self.replicate):
+            rank, r = divmod(rank, size)
+            place.append(r)
+        return rank, *reversed(place)
+
+    @property
+    def dp_world(self):
+        """How many different micro-batches are computed at once."""
+        return self.world // (self.pp * self.cp * self.tp)
+
+    @property
+    def dp_rank(self):
+        return self.rank // (self.cp * self.tp) % self.dp_world
+
+    def wait(self):
+        """Until all are here, for as long as it takes: rank 0 prepares data, writes files, generates alone."""
+        if self.world > 1:
+            dist.barrier(group=self.groups.get("patient"))
+
+    def close(self):
+        if self.world > 1:
+            self.wait()
+            dist.destroy_process_group()
 
 
-def setup_process(device="auto"):
-    """Join torchrun's group if there is one (NCCL on CUDA, gloo on CPU) and choose this process's device."""
+MODES = {  # who holds parameters, gradients, optimizer state (Rajbhandari et al. 2020)
+    "ddp": "everybody all of them",
+    "zero1": "each the optimizer state of its own whole parameters, which it steps and sends to the others",
+    "zero2": "a shard of gradients, state and masters each; gathered parameters stay until the backward pass is over",
+    "fsdp": "a shard of all three each; a block's parameters are gathered when it runs (ZeRO-3)",
+    "hsdp": "fsdp within groups of --hsdp_shard, ddp between them",
+}
+
+
+def setup_process(device="auto", args=None):
+    """
+    Join torchrun's group if there is one (NCCL on CUDA, gloo on CPU) and choose this process's device. args may hold
+    the flags parallel, hsdp_shard, pp, cp, tp and timeout (seconds that a collective waits for a lost rank).
+    """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if device == "auto":
         mps = torch.backends.mps.is_available()
@@ -1662,10 +1763,47 @@ def setup_process(device="auto"):
         with contextlib.suppress(OSError, AttributeError):
             for option, value in ((-3, 32 << 20), (-1, 2 ** 31 - 1), (-2, 64 << 20)):
                 ctypes.CDLL(None).mallopt(option, value)
+    flags = {"parallel": "ddp", "hsdp_shard": 0, "pp": 1, "cp": 1, "tp": 1, "timeout": 120} | (vars(args) if args else {})
+    process = lay_out(Process(device, rank, world), **{k: flags[k] for k in ("parallel", "hsdp_shard", "pp", "cp", "tp")})
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=flags["timeout"]),
                                 device_id=device if device.type == "cuda" else None)
-    return Process(device, rank, world)
+    if world > 1:
+        make_groups(process)
+    return process
+
+
+def lay_out(process, parallel="ddp", hsdp_shard=0, pp=1, cp=1, tp=1):
+    """Fill in the sizes of the axes; BadInput where the world is not their product."""
+    if parallel not in MODES:
+        raise BadInput(f"--parallel {parallel} is unknown: choose one of {', '.join(MODES)}")
+    if min(pp, cp, tp) < 1 or process.world % (pp * cp * tp):
+        raise BadInput(f"--pp {pp} x --cp {cp} x --tp {tp} does not divide the {process.world} process(es) that "
+                       f"torchrun started: start a multiple of {max(1, pp * cp * tp)}")
+    data = process.world // (pp * cp * tp)
+    shard = {"fsdp": data, "zero2": data}.get(parallel, 1)
+    if parallel == "hsdp":
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // (cp * tp)
+        shard = hsdp_shard or (node if node and data % node == 0 else data)
+        if data % shard:
+            raise BadInput(f"--hsdp_shard {shard} does not divide the {data} data-parallel processes")
+    process.mode, process.pp, process.cp, process.tp = parallel, pp, cp, tp
+    process.shard = shard * cp if parallel in ("fsdp", "zero2", "hsdp") else 1
+    return process
+
+
+def make_groups(process):
+    """The mesh and the process groups that the layout needs."""
+    def mesh(**axes):
+        return dist.device_mesh.init_device_mesh(process.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    p, groups = process, process.groups
+    groups["patient"] = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    p.mesh = mesh(pp=p.pp, replicate=p.replicate, shard=p.shard, tp=p.tp)
+    groups |= {name: p.mesh[name].get_group() for name in ("pp", "replicate", "shard", "tp")}
+    stage = p.shard * p.tp  # ranks that together hold one copy of a pipeline stage
+    groups["stage"] = mesh(rest=p.world // stage, stage=stage)["stage"].get_group()
+    if p.cp > 1:
+        groups["cp"] = mesh(rest=p.world // (p.cp * p.tp), cp=p.cp, inner=p.tp)["cp"].get_group()
 
 
 def all_reduce(tensor):
@@ -1675,11 +1813,677 @@ def all_reduce(tensor):
     return tensor
 
 
+def ring_all_reduce(x, group=None):
+    """
+    Sum x (n · k,) over the n ranks of a group, in place, as NCCL and gloo do it for large tensors: n - 1 steps of a
+    reduce-scatter, then n - 1 of an all-gather, in each of which every rank sends one n-th to its right-hand neighbour
+    and receives one from its left. Each sends 2 (n - 1) / n of the tensor in all, however many they are: the least
+    possible. To read; `all_reduce` is the one that is used.
+    """
+    n, r = dist.get_world_size(group), dist.get_rank(group)
+    if n == 1:
+        return x
+    right, left = ((dist.get_global_rank(group, q % n) if group else q % n) for q in (r + 1, r - 1))
+    parts, new = x.view(n, -1), torch.empty_like(x.view(n, -1)[0])
+    for step in range(2 * n - 2):
+        send = parts[(r - step) % n]
+        place = parts[(r - step - 1) % n]
+        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, send, right, group),
+                                            dist.P2POp(dist.irecv, new, left, group)]):
+            work.wait()
+        # first the running sum of the part moves on and grows; after n - 1 steps rank r holds all of part r + 1
+        place.copy_(place + new if step < n - 1 else new)
+    return x
+
+
 def adamw_groups(model, weight_decay):
     """Decay what multiplies (matrices), not gains, biases and other vectors; each parameter exactly once."""
     params = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+
+
+# -----------------------------------------------------------------------------
+# Parallelism: one model over many processes. `shard` is the wrapper that all stages share.
+
+# torch 2.13 renames both
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather(x, dim, group):
+    """The ranks' x one behind the other along dim."""
+    n = dist.get_world_size(group)
+    out = x.new_empty(n * x.numel())
+    _all_gather(out, x.contiguous().view(-1), group=group)
+    return out.view(n, *x.shape).movedim(0, dim).flatten(dim, dim + 1)
+
+
+def reduce_scatter(x, dim, group):
+    """This rank's part, along dim, of the sum of the ranks' x."""
+    parts = x.unflatten(dim, (dist.get_world_size(group), -1)).movedim(dim, 0).contiguous()
+    out = parts.new_empty(parts[0].numel())
+    _reduce_scatter(out, parts.view(-1), group=group)
+    return out.view(parts.shape[1:])
+
+
+class AllGather(torch.autograd.Function):
+    """all_gather, whose gradient is a reduce_scatter: every rank used every part."""
+
+    @staticmethod
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.group = dim, group
+        return all_gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return reduce_scatter(grad, ctx.dim, ctx.group), None, None
+
+
+class ReduceScatter(torch.autograd.Function):
+    """reduce_scatter, whose gradient is an all_gather."""
+
+    @staticmethod
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.group = dim, group
+        return reduce_scatter(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather(grad, ctx.dim, ctx.group), None, None
+
+
+# Tensor parallelism (Shoeybi et al. 2019) with the sequence spread where there is no matrix (Korthikanti et al. 2022):
+#     residual stream and norms     (B, T / tp, C)       each rank its part of the sequence
+#     all_gather                    (B, T, C)
+#     q, k, v, gate, up             (B, T, heads / tp)   each rank some of the outputs: rows of the weight
+#     o, down                       (B, T, C)            each rank a part of the sum: columns of the weight
+#     reduce_scatter                (B, T / tp, C)
+# so a parameter that is not cut sees a part of the tokens or heads: its gradient is summed over tp.
+
+CUT_ROWS = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up", "wte", "head")
+CUT_COLUMNS = ("attn.o", "mlp.down")
+
+
+def tp_dim(name):
+    """The dimension along which tensor parallelism cuts a parameter, or None."""
+    part, _, kind = name.rpartition(".")
+    if part.endswith(CUT_COLUMNS):
+        return 1 if kind == "weight" else None
+    return 0 if part.endswith(CUT_ROWS) and not part.endswith("scalar_head") else None
+
+
+class RowLinear(Linear):
+    """y = Σ_ranks x_r W_rᵀ + b, of which each rank keeps its part of the sequence."""
+
+    def forward(self, x):
+        y = ReduceScatter.apply(F.linear(x, self.weight.to(x.dtype)), 1, self.group)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class VocabularyEmbedding(nn.Embedding):
+    """Each rank looks up the ids whose rows it has; the sum has them all, of which it keeps its part of the sequence."""
+
+    def forward(self, idx):
+        rows = self.weight.shape[0]
+        idx = idx - dist.get_rank(self.group) * rows
+        here = (idx >= 0) & (idx < rows)
+        x = F.embedding(idx.clamp(0, rows - 1), self.weight) * here.unsqueeze(-1)
+        return ReduceScatter.apply(x, 1, self.group)
+
+
+class VocabularyCrossEntropy(torch.autograd.Function):
+    """
+    LinearCrossEntropy where each rank has some rows of the head: of each row of logits the maximum, the sum of
+    exponentials and the target's logit are reduced over the group, never the logits. dL/dx is this rank's part of
+    the sum over the vocabulary: the AllGather that made x adds them up.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, softcap, chunk, group):
+        w, rows = weight.to(x.dtype), weight.shape[0]
+        ids = torch.arange(rows, device=x.device) + dist.get_rank(group) * rows
+        losses, dx, dw = [], [], 0.0
+        for xi, ti in zip(x.split(chunk), targets.split(chunk)):
+            logits = cap((xi @ w.T).float(), softcap)
+            logits = logits.masked_fill(ids >= vocab_size, -math.inf)
+            top = logits.amax(-1)
+            dist.all_reduce(top, dist.ReduceOp.MAX, group)
+            hit, counts = ids == ti.unsqueeze(1), ti != -100
+            exp = (logits - top.unsqueeze(1)).exp()
+            sums = torch.stack((exp.sum(-1), logits.masked_fill(~hit, 0).sum(-1)))
+            dist.all_reduce(sums, group=group)
+            total, target = sums
+            losses.append((total.log() + top - target) * counts)
+            if any(ctx.needs_input_grad[:2]):
+                grad = (exp / total.unsqueeze(1) - hit.float()) * counts.unsqueeze(1)
+                if softcap:
+                    grad = grad * (1 - (logits / softcap).clamp(min=-1).square())
+                grad = grad.to(x.dtype)
+                dx.append(grad @ w)
+                dw = dw + (grad.T @ xi).float()
+        if dx:
+            ctx.save_for_backward(torch.cat(dx), dw.to(weight.dtype))
+        losses = torch.cat(losses)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        dx, dw = ctx.saved_tensors
+        return dx * grad, dw * grad, None, None, None, None, None
+
+
+def vocabulary_cross_entropy(x, weight, targets, vocab_size, reduction="mean", softcap=0.0, chunk=0, group=None):
+    """linear_cross_entropy of a head whose rows are spread over a group; reduction "none" has no gradient."""
+    chunk = chunk or max(1, 2 ** 28 // weight.shape[0])
+    total, losses = VocabularyCrossEntropy.apply(x, weight, targets, vocab_size, softcap, chunk, group)
+    if reduction == "none":
+        return losses
+    return total if reduction == "sum" else total / (targets != -100).sum().clamp(min=1)
+
+
+def check_layout(c, process, T):
+    """BadInput, in one sentence that names the flag, where a model of config c cannot be laid out so."""
+    tp, pp, cp = process.tp, process.pp, process.cp
+    for size, what in ((c.n_kv_head, "heads of keys"), (c.n_hidden, "hidden units"),
+                       (c.padded_vocab, "rows of vocabulary"), (T // cp, "tokens of a rank's part of the sequence")):
+        if size % tp:
+            raise BadInput(f"--tp {tp} does not divide the model's {size} {what}: use one that does, or --parallel fsdp")
+    if c.prefix_lm and (pp > 1 or cp > 1):
+        raise BadInput("a prefix-LM's rows have masks of their own, which --pp and --cp do not pass on: use --tp or fsdp")
+    if T % (2 * cp):
+        raise BadInput(f"--cp {cp} cuts the sequence into {2 * cp} chunks: use a --block_size that is a multiple of "
+                       f"that, which {T} is not")
+    if pp > c.n_layer:
+        raise BadInput(f"--pp {pp} is more stages than the model's {c.n_layer} layers")
+    if pp > 1 and (c.resid_mix or c.share > 1 or c.pos == "t5"):
+        what = "resid_mix" if c.resid_mix else "share" if c.share > 1 else "pos t5"
+        raise BadInput(f"--pp {pp} cannot cut a model with {what}, whose parts later layers need again: use --tp or fsdp")
+
+
+def split_layers(n_layer, pp, stage):
+    """The layers of a stage, as even as they go: the first n_layer mod pp stages have one more."""
+    few, more = divmod(n_layer, pp)
+    start = stage * few + min(stage, more)
+    return range(start, start + few + (stage < more))
+
+
+def keep_matmuls():
+    """Selective recomputation: what a matrix product or attention returned is kept, all else computed again."""
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+    ops = torch.ops.aten
+    return create_selective_checkpoint_contexts([
+        ops.mm.default, ops.addmm.default, ops.bmm.default, ops._scaled_dot_product_flash_attention.default,
+        ops._scaled_dot_product_efficient_attention.default, ops._scaled_dot_product_cudnn_attention.default,
+        ops._scaled_dot_product_flash_attention_for_cpu.default])
+
+
+def cut_tensors(model, process):
+    """Tensor parallelism, in place: this rank's rows and columns, and the layers that know of the others."""
+    group, (_, _, _, rank) = process.groups["tp"], process.place()
+    model.tp = group
+    heads = model.config.n_head // process.tp
+    model.heads = slice(rank * heads, (rank + 1) * heads)
+    for name, p in list(model.named_parameters()):
+        if tp_dim(name) is not None:
+            part, _, kind = name.rpartition(".")
+            piece = p.detach().chunk(process.tp, tp_dim(name))[rank].clone()
+            setattr(model.get_submodule(part), kind, nn.Parameter(piece))
+    model.wte.__class__ = VocabularyEmbedding
+    model.wte.group = group
+    for block in model.blocks:
+        for part in (block.attn, block.mlp):
+            part.register_forward_pre_hook(lambda module, inputs: (AllGather.apply(inputs[0], 1, group), *inputs[1:]))
+        for row in (block.attn.o, block.mlp.down):
+            row.__class__ = RowLinear
+            row.group = group
+    model.loss = functools.partial(vocabulary_cross_entropy, group=group)
+
+
+def shard(model, process, args=None, whole=lambda name, shape: False):
+    """
+    Spread an initialized model over the processes, in place, and return the Sharded that trains it. args may hold the
+    flags recompute (none | block | selective), offload, and pp_schedule (gpipe | 1f1b). whole(name, shape) says which
+    parameters an optimizer must see whole (Muon's matrices); it may see a part of the others at a time (AdamW).
+    """
+    c, p = model.config, process
+    flags = {"recompute": "none", "offload": False, "pp_schedule": "1f1b"} | (vars(args) if args else {})
+    check_layout(c, p, c.block_size)
+    shapes = {name: tuple(t.shape) for name, t in model.named_parameters()}
+    if p.cp > 1:  # chunks r and 2 cp - 1 - r: all ranks see as many keys
+        chunks = torch.arange(c.block_size, device=p.device).chunk(2 * p.cp)
+        parts = [torch.cat((chunks[r], chunks[2 * p.cp - 1 - r])) for r in range(p.cp)]
+        model.cp, model.places = p.groups["cp"], parts[p.rank // p.tp % p.cp]
+        model.in_order = torch.cat(parts).argsort()
+    if p.tp > 1:
+        cut_tensors(model, p)
+    if p.pp > 1:
+        stage = p.place()[0]
+        model.layers = split_layers(c.n_layer, p.pp, stage)
+        for l in set(range(c.n_layer)) - set(model.layers):
+            model.blocks[l] = nn.Identity()
+        if stage > 0:
+            model.wpe = model.embd_in = model.embd_norm = None
+            model.wte = model.wte if c.tied and stage == p.pp - 1 else None
+        if stage < p.pp - 1:
+            model.norm = model.embd_out = model.head = model.scalar_head = None
+    if flags["recompute"] != "none":
+        context = {"context_fn": keep_matmuls} if flags["recompute"] == "selective" else {}
+        for block in (model.blocks[l // c.share] for l in model.layers[::c.share]):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **context)
+    if p.world == 1 or p.mode not in ("zero2", "fsdp", "hsdp"):
+        model.to(p.device)
+    else:  # which moves what it shards, block by block
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+        options = dict(mesh=p.mesh["replicate", "shard"] if p.mode == "hsdp" else p.mesh["shard"],
+                       mp_policy=MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32),
+                       offload_policy=CPUOffloadPolicy(p.device.type == "cuda") if flags["offload"] else OffloadPolicy())
+        keep = {"reshard_after_forward": False} if p.mode == "zero2" else {}
+        for block in model.blocks:
+            if not isinstance(block, nn.Identity):
+                fully_shard(block, **options, **keep)
+        fully_shard(model, **options, **keep)
+    return Sharded(model, p, shapes, whole, flags)
+
+
+def local(t):
+    """A DTensor's part on this rank; a tensor itself."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def all_to_all(outgoing, shapes, group, device):
+    """Send outgoing[r] (a list of tensors) to each rank r of a group; what came, shapes[r] from r, in lists as well."""
+    flat = [torch.cat([t.reshape(-1) for t in to] or [torch.empty(0)]).to(device) for to in outgoing]
+    sizes = [sum(map(math.prod, of)) for of in shapes]
+    new = torch.empty(sum(sizes), device=device, dtype=flat[0].dtype)
+    dist.all_to_all_single(new, torch.cat(flat), sizes, [len(t) for t in flat], group=group)
+    return [[t.view(shape) for t, shape in zip(part.split([math.prod(s) for s in of]), of)] if of else []
+            for part, of in zip(new.split(sizes), shapes)]
+
+
+def spread(sizes, n):
+    """name -> which of n ranks takes it: the largest first, each to the rank with the least so far."""
+    load, owner = [0] * n, {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owner[name] = min(range(n), key=load.__getitem__)
+        load[owner[name]] += sizes[name]
+    return owner
+
+
+class Sharded:
+    """
+    A model over many processes. One training step:
+
+        loss = sharded(x, y, last=…)[1]; (loss / accumulate).backward()     for each micro-batch
+        norm = sharded.reduce(max_norm)     gradients summed over all, clipped, and where the optimizers look for them
+        optimizer.step(); sharded.publish()
+
+    The optimizers hold the parameters of `stand_in`, a GPT with the model's names. Each of its parameters is
+        this rank's part, sharing memory with the model's (a copy in main memory with offload), or
+        all of it on one rank, its owner, and empty on the others (zero1; what an optimizer must see whole),
+    so that no optimizer knows about processes. With one process, or plain ddp, it is the model itself.
+    """
+
+    def __init__(self, model, process, shapes, whole, flags):
+        self.model, self.config, self.process, self.shapes = model, model.config, process, shapes
+        p, self.offload = process, bool(flags["offload"])
+        self.sharded = p.world > 1 and p.mode in ("zero2", "fsdp", "hsdp")
+        self.plain = not self.offload and (p.world == 1 or p.mode == "ddp" and p.tp == p.pp == p.cp == 1)
+        self.pipeline = Pipeline(model, process, flags["pp_schedule"]) if p.pp > 1 else None
+        self.forward = model
+        if p.replicate > 1 and not self.sharded and p.pp == 1:
+            self.forward = nn.parallel.DistributedDataParallel(model, process_group=p.groups["replicate"])
+        self.parts = {name: local(t.detach()) for name, t in model.named_parameters()}
+        self.owner, self.keeper = {}, {}  # name -> its rank in the group "stage" (whole), "replicate" (zero1)
+        self.stand_in = model if self.plain else self.make_stand_in(whole)
+        # in the sum of squares every part counts once
+        self.once = torch.tensor([1 / self.copies(name) for name in self.parts], device=p.device)
+
+    def piece(self, name, rank=None):
+        """The part of a parameter that a rank holds, as slices of the whole."""
+        p, (_, _, s, t), shape = self.process, self.process.place(rank), self.shapes[name]
+        cut = [slice(0, n) for n in shape]
+        if p.tp > 1 and tp_dim(name) is not None:
+            n = shape[tp_dim(name)] // p.tp
+            cut[tp_dim(name)] = slice(t * n, (t + 1) * n)
+        if self.sharded:  # fully_shard cuts rows as torch.chunk does: the last ranks may have fewer, or none
+            first, n = cut[0].start, cut[0].stop - cut[0].start
+            rows = math.ceil(n / p.shard)
+            cut[0] = slice(first + min(s * rows, n), first + min((s + 1) * rows, n))
+        return tuple(cut)
+
+    def piece_shape(self, name, rank=None):
+        return tuple(cut.stop - cut.start for cut in self.piece(name, rank))
+
+    def copies(self, name):
+        """How many ranks hold the same part of a parameter."""
+        p = self.process
+        twice = name == "wte.weight" and self.model.config.tied and p.pp > 1
+        return p.replicate * (1 if tp_dim(name) is not None else p.tp) * (2 if twice else 1)
+
+    # the optimizers' side
+
+    def make_stand_in(self, whole):
+        p = self.process
+        cut = [n for n in self.parts if whole(n, self.shapes[n]) and (self.sharded and p.shard > 1 or p.tp > 1)]
+        self.owner = spread({n: math.prod(self.shapes[n]) for n in cut}, p.shard * p.tp)
+        if p.mode == "zero1":
+            rest = {n: t.numel() for n, t in self.parts.items() if n not in self.owner}
+            self.keeper = spread(rest, p.replicate)
+        with torch.device("meta"):
+            stand_in = GPT(self.model.config)
+        wholes = self.to_owners(self.parts)
+        _, replica, _, _ = p.place()
+        for name in self.shapes:
+            empty = torch.empty([0] * len(self.shapes[name]), device=p.device)
+            if name in self.owner:
+                mine = wholes.get(name, empty)
+            elif self.keeper.get(name, replica) == replica:
+                mine = self.parts.get(name, empty)
+            else:
+                mine = empty
+            part, _, kind = name.rpartition(".")
+            setattr(stand_in.get_submodule(part), kind, nn.Parameter(mine.cpu() if self.offload else mine))
+        return stand_in
+
+    def to_owners(self, parts):
+        """name -> this rank's part of what has an owner -> name -> the whole, of what this rank owns."""
+        if not self.owner:
+            return {}
+        group = self.process.groups["stage"]
+        ranks, me = dist.get_process_group_ranks(group), dist.get_rank(group)
+        mine = [n for n in self.owner if self.owner[n] == me]
+        came = all_to_all([[parts[n] for n in self.owner if self.owner[n] == r] for r in range(len(ranks))],
+                          [[self.piece_shape(n, rank) for n in mine] for rank in ranks], group, self.process.device)
+        wholes = {n: torch.empty(self.shapes[n], device=self.process.device) for n in mine}
+        for rank, of in zip(ranks, came):
+            for n, t in zip(mine, of):
+                wholes[n][self.piece(n, rank)] = t
+        return wholes
+
+    def from_owners(self, wholes):
+        """The way back: name -> this rank's part."""
+        group = self.process.groups["stage"]
+        ranks, me = dist.get_process_group_ranks(group), dist.get_rank(group)
+        names = [[n for n in self.owner if self.owner[n] == r] for r in range(len(ranks))]
+        came = all_to_all([[wholes[n][self.piece(n, rank)] for n in names[me]] for rank in ranks],
+                          [[self.piece_shape(n) for n in of] for of in names], group, self.process.device)
+        return {n: t for of, ts in zip(names, came) for n, t in zip(of, ts)}
+
+    def __call__(self, x, y, reduction="mean", last=True, prefix=None):
+        """
+        (None, loss) of rows x, y (B, T), the same on all ranks of one dp_rank. In training: the mean over the tokens
+        this rank computed; last: its gradient completes the step's. In evaluation, with reduction "sum": over them all.
+        """
+        model, p = self.model, self.process
+        if model.cp is not None:
+            x, y = x[:, model.places], y[:, model.places]
+        if not model.training:
+            if self.pipeline is not None:
+                loss = self.pipeline.evaluate(x, y, reduction)
+            else:
+                loss = model(x, y, reduction=reduction, prefix=prefix)[1]
+            if model.cp is not None:
+                dist.all_reduce(loss, group=p.groups["cp"])
+            return None, loss
+        if self.sharded:
+            model.set_requires_gradient_sync(last)
+        with contextlib.nullcontext() if last or self.forward is model else self.forward.no_sync():
+            return self.forward(x, y, reduction=reduction, prefix=prefix)
+
+    def train(self, mode=True):
+        self.model.train(mode)
+
+    def eval(self):
+        self.model.eval()
+
+    def reduce(self, max_norm=math.inf):
+        """
+        After the last backward pass: what is still to be summed over ranks, the norm of the whole gradient (a scalar,
+        the same on all ranks), clipping to max_norm, and the gradients into the stand-in's parameters.
+        """
+        if self.plain:
+            return nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        p, groups = self.process, self.process.groups
+        grads = {n: local(t.grad) for n, t in self.model.named_parameters() if t.grad is not None}
+        if p.pp > 1 and p.replicate > 1 and not self.sharded:
+            self.add(grads.values(), groups["replicate"])
+            torch._foreach_div_(list(grads.values()), p.replicate)
+        if p.tp > 1:
+            self.add([g for n, g in grads.items() if tp_dim(n) is None], groups["tp"])
+        if self.pipeline is not None and self.model.config.tied:
+            self.pipeline.tie(grads)
+        norms = dict(zip(grads, torch._foreach_norm(list(grads.values()))))
+        squares = torch.stack([norms.get(name, self.once.new_zeros(())).to(p.device) for name in self.parts]).square()
+        norm = all_reduce((squares * self.once).sum()).sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(list(grads.values()), scale.to(next(iter(grads.values())).device))
+        wholes = self.to_owners(grads)
+        for name, q in self.stand_in.named_parameters():
+            grad = wholes.get(name) if name in self.owner else grads.get(name)
+            q.grad = None if grad is None or grad.shape != q.shape else grad.to(q.device)
+        return norm
+
+    @staticmethod
+    def add(grads, group):
+        """One all-reduce for many small tensors."""
+        grads = list(grads)
+        if grads:
+            flat = torch.cat([g.reshape(-1) for g in grads])
+            dist.all_reduce(flat, group=group)
+            for g, new in zip(grads, flat.split([g.numel() for g in grads])):
+                g.copy_(new.view_as(g))
+
+    @torch.no_grad()
+    def publish(self):
+        """After the optimizers' step: the new parameters to all who compute with them."""
+        if self.plain:
+            return
+        new = dict(self.stand_in.named_parameters())
+        if self.owner:
+            for name, t in self.from_owners({n: q.detach() for n, q in new.items() if n in self.owner}).items():
+                self.parts[name].copy_(t)
+        group, replica, works = self.process.groups.get("replicate"), self.process.place()[1], []
+        for name, part in self.parts.items():
+            if name in self.owner:
+                continue
+            if self.offload and self.keeper.get(name, replica) == replica:
+                part.copy_(new[name])
+            if name in self.keeper:
+                source = dist.get_global_rank(group, self.keeper[name])
+                works.append(dist.broadcast(part, source, group=group, async_op=True))
+        for work in works:
+            work.wait()
+        for t in self.model.parameters():
+            t.grad = None
+
+    # checkpoints: the same whatever the layout, so that a run goes on with another
+
+    def held(self, optimizers=()):
+        """(kind, name, key) -> tensor of all that this rank knows: kind "model", or an optimizer's number."""
+        tensors = {("model", name, ""): t for name, t in self.parts.items()}
+        names = {id(q): name for name, q in self.stand_in.named_parameters()}
+        for i, optimizer in enumerate(optimizers):
+            for group in optimizer.param_groups:
+                for q in group["params"]:
+                    for key, value in optimizer.state.get(q, {}).items():
+                        tensors[str(i), names[id(q)], key] = torch.as_tensor(value)
+        return tensors
+
+    def shares(self, tensors):
+        """
+        For each different part of each tensor, once: (its key, rank that has it, slices of the whole or None for all
+        of it, shape, dtype), in the same order on all ranks.
+        """
+        table = [{key: (tuple(t.shape), t.dtype) for key, t in tensors.items()}]
+        if self.process.world > 1:
+            mine, table = table[0], [None] * self.process.world
+            dist.all_gather_object(table, mine, group=self.process.groups["patient"])
+        order = {name: i for i, name in enumerate(self.shapes)}
+        seen = set()
+        for key in sorted({key for keys in table for key in keys}, key=lambda key: (key[0], order[key[1]], key[2])):
+            name = key[1]
+            for rank, keys in enumerate(table):
+                shape, dtype = keys.get(key, (None, None))
+                if shape is None:
+                    continue
+                whole = key[0] != "model" and name in self.owner or shape != self.piece_shape(name, rank)
+                cut = None if whole or shape == self.shapes[name] else self.piece(name, rank)
+                if (key, str(cut)) not in seen and 0 not in shape:
+                    seen.add((key, str(cut)))
+                    yield key, rank, cut, shape, dtype
+
+    def gather(self, tensors):
+        """The whole tensors in main memory of rank 0, which the others send their parts; {} elsewhere."""
+        me, device, wholes = self.process.rank, self.process.device, {}
+        for key, rank, cut, shape, dtype in self.shares(tensors):
+            t = tensors.get(key)
+            if rank and me == rank:
+                dist.send(t.detach().to(device).contiguous(), 0)
+            elif rank and me == 0:
+                t = torch.empty(shape, dtype=dtype, device=device)
+                dist.recv(t, rank)
+            if me == 0 and cut is None:
+                wholes[key] = t.detach().cpu()
+            elif me == 0:
+                wholes.setdefault(key, torch.empty(self.shapes[key[1]], dtype=dtype))[cut] = t.cpu()
+        return wholes
+
+    def state_dict(self, optimizers, sharded=False):
+        """
+        {"model": name -> tensor, "optimizers": [torch's state dicts]} of whole tensors, on rank 0, {} elsewhere. sharded:
+        on every rank, and instead of a tensor [(slices as (start, stop) pairs or None, its part)], [] of others' parts.
+        """
+        tensors = self.held(optimizers)
+        if sharded:
+            wholes = {}
+            for key, rank, cut, *_ in self.shares(tensors):
+                parts = wholes.setdefault(key, [])
+                if rank == self.process.rank:
+                    parts.append((cut and [(c.start, c.stop) for c in cut], tensors[key].detach().cpu()))
+        else:
+            wholes = self.gather(tensors)
+        if not wholes:
+            return {}
+        state = {"model": {name: t for (kind, name, _), t in wholes.items() if kind == "model"}, "optimizers": []}
+        names = {id(q): name for name, q in self.stand_in.named_parameters()}
+        for i, optimizer in enumerate(optimizers):
+            saved = optimizer.state_dict()
+            order = [names[id(q)] for group in optimizer.param_groups for q in group["params"]]
+            number = {name: n for n, name in enumerate(order)}
+            saved["state"] = {}
+            for (kind, name, key), t in wholes.items():
+                if kind == str(i):
+                    saved["state"].setdefault(number[name], {})[key] = t
+            state["optimizers"].append(saved)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state, optimizers):
+        """From a state_dict, whole or the joined parts of a sharded one."""
+        names = {id(q): name for name, q in self.stand_in.named_parameters()}
+        new = dict(self.stand_in.named_parameters())
+        for name, part in self.parts.items():
+            whole = assemble(state["model"][name], self.shapes[name])
+            part.copy_(whole[self.piece(name)])
+            if new[name].numel() and not self.plain:
+                new[name].copy_(whole if name in self.owner else part)
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            mine = {}
+            params = [q for group in optimizer.param_groups for q in group["params"]]
+            for n, q in enumerate(params):
+                name = names[id(q)]
+                if q.numel() and n in saved["state"]:
+                    mine[n] = {key: assemble(t, self.shapes[name]) for key, t in saved["state"][n].items()}
+                    cut = () if name in self.owner else self.piece(name)
+                    mine[n] = {key: t[cut].clone() if tuple(t.shape) == self.shapes[name] else t.clone()
+                               for key, t in mine[n].items()}
+            groups = [{**ours, "params": theirs["params"]} for ours, theirs in
+                      zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)]
+            optimizer.load_state_dict({"state": mine, "param_groups": groups})  # rates are this run's
+
+
+def assemble(t, shape):
+    """A tensor, or a list of (slices, part) of one of this shape."""
+    if torch.is_tensor(t):
+        return t
+    if t[0][0] is None:
+        return t[0][1]
+    whole = torch.empty(shape, dtype=t[0][1].dtype)
+    for cut, part in t:
+        whole[tuple(slice(*c) for c in cut)] = part
+    return whole
+
+
+class Pipeline:
+    """
+    A model's layers in K stages, one a process (GPipe, Huang et al. 2019; 1F1B, Narayanan et al. 2019): micro-batches
+    follow each other through the stages, and (K - 1) / (K - 1 + M) of the time a stage waits, with M of them a step.
+    gpipe: all forward passes, then all backward. 1f1b: backward as soon as can be, so that a stage keeps the activations
+    of at most K micro-batches instead of M.
+    """
+
+    def __init__(self, model, process, schedule):
+        self.model, self.process, self.kind, self.schedule = model, process, schedule, None
+        self.stage, self.batch = process.place()[0], []
+        self.first, self.last = self.stage == 0, self.stage == process.pp - 1
+        self.ends = None
+        if model.config.tied:  # first and last stage hold the same matrix
+            for ranks in self.columns():
+                group = dist.new_group([ranks[0], ranks[-1]])
+                self.ends = group if process.rank in (ranks[0], ranks[-1]) else self.ends
+
+    def columns(self):
+        """The ranks of every pipeline of the world, first stage first."""
+        size = self.process.world // self.process.pp
+        return [list(range(start, self.process.world, size)) for start in range(size)]
+
+    def bubble(self, micro_batches):
+        return (self.process.pp - 1) / (self.process.pp - 1 + micro_batches)
+
+    def hidden(self, B, T):
+        """What one stage hands the next."""
+        m = self.model
+        return torch.empty(B, T // self.process.tp, m.config.n_embd, dtype=m.compute_dtype, device=self.process.device)
+
+    def step(self, x, y, count):
+        """Forward and backward of a step's micro-batches, x and y (count · B, T): the mean loss on the last stage, else 0."""
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+        p = self.process
+        if self.model.cp is not None:
+            x, y = x[:, self.model.places], y[:, self.model.places]
+        if self.schedule is None:
+            B, T = len(x) // count, x.shape[1]
+            h = self.hidden(B, T)
+            stage = PipelineStage(self.model, self.stage, p.pp, p.device, group=p.groups["pp"],
+                                  input_args=x[:B] if self.first else h.requires_grad_(),
+                                  output_args=torch.zeros(1, device=p.device) if self.last else h.requires_grad_())
+            self.schedule = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[self.kind](
+                stage, n_microbatches=count, loss_fn=lambda loss, _: loss.sum())
+        losses = []
+        inputs, targets = [x] if self.first else [], dict(target=y, losses=losses, targets=y) if self.last else {}
+        self.schedule.step(*inputs, **targets)
+        return torch.stack(losses).detach().mean() if self.last else torch.zeros((), device=p.device)
+
+    @torch.no_grad()
+    def evaluate(self, x, y, reduction):
+        """One batch through all stages; the loss on every rank."""
+        p, ranks = self.process, dist.get_process_group_ranks(self.process.groups["pp"])
+        if not self.first:
+            x = self.hidden(*x.shape)
+            dist.recv(x, ranks[self.stage - 1])
+        out = self.model(x, y, reduction=reduction)
+        if not self.last:
+            dist.send(out.contiguous(), ranks[self.stage + 1])
+        loss = out.float().view(()) if self.last else torch.zeros((), device=p.device)
+        dist.broadcast(loss, ranks[-1], group=p.groups["pp"])
+        return loss
+
+    def tie(self, grads):
+        """The embedding's gradient is the sum of what the first stage and the head computed."""
+        if self.ends is not None:
+            dist.all_reduce(grads["wte.weight"], group=self.ends)
 
 
 # -----------------------------------------------------------------------------
@@ -1744,14 +2548,15 @@ def load_safetensors(path):
 # Run directories: model.safetensors, run.json, tokenizer.tiktoken, log.jsonl, and optim.pt to resume from
 
 
-def save_run(out, model, run):
+def save_run(out, model, run, weights=None):
     """
-    Weights, then run.json: {"config", "tokenizer", "stage", "step", "metrics", "args", …}. Each file is
-    replaced at once and all saves of a run share one config, so any moment leaves a run that loads.
+    Weights (the model's own unless given), then run.json: {"config", "tokenizer", "stage", "step", "metrics",
+    "args", …}. Each file is replaced at once and all saves of a run share one config, so any moment leaves a run
+    that loads.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    save_safetensors(model.state_dict(), out / "model.safetensors", {"format": "pt"})
+    save_safetensors(weights or model.state_dict(), out / "model.safetensors", {"format": "pt"})
     with replace_file(out / "run.json", "w") as f:
         json.dump({"config": asdict(model.config), **run}, f, indent=1)
 

@@ -9,6 +9,7 @@ with Muon (Jordan et al. 2024), AdamW (Loshchilov & Hutter 2019) or another of O
     python train.py --data shakespeare --tokenizer char --out out/shakespeare
     torchrun --nproc_per_node 8 train.py --preset gpt2 --data text --input books/ --tokenizer gpt2 \\
         --batch_tokens 524288 --lr 0.01
+    torchrun --nproc_per_node 8 train.py --preset gpt2-xl --parallel fsdp --tp 2 --recompute selective   # and so on
 """
 import argparse
 import inspect
@@ -24,15 +25,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 from bpe import BadInput, cli, replace_file
-from model import (GPT, GPTConfig, PRESETS, adamw_groups, all_reduce, count_parameters, flops_per_token, init_weights,
-                   load_safetensors, peak_flops, peak_memory, save_run, setup_process, uniform, use_float8)
+from model import (GPT, GPTConfig, MODES, PRESETS, adamw_groups, all_reduce, check_layout, count_parameters,
+                   flops_per_token, init_weights, load_run, load_safetensors, peak_flops, peak_memory, save_run,
+                   setup_process, shard, uniform, use_float8)
 
 # -----------------------------------------------------------------------------
 # Optimizers: Muon, Adafactor, AdamW in 8 bits; AdamW and SGD are torch's
@@ -253,6 +253,13 @@ def make_optimizers(model, args, device, capturable=False):
     return optimizers
 
 
+def sees_whole(optimizer, name, shape):
+    """Must this optimizer see a parameter whole? AdamW and SGD look at one entry at a time, Muon at a block's matrix."""
+    if optimizer == "muon":
+        return name.startswith("blocks.") and len(shape) == 2
+    return optimizer in ("adafactor", "adam8bit")
+
+
 # -----------------------------------------------------------------------------
 # Schedules of the learning rate and of the batch size
 
@@ -358,11 +365,11 @@ def validate(model, sources, T, max_tokens, rows, process, token_bytes):
     for name, (weight, ids) in sources.items():
         part = torch.zeros(3, dtype=torch.float64)
         limit = max(1, round(max_tokens * weight)) if max_tokens else 0
-        for i, (x, y) in enumerate(data.eval_batches(ids, T, limit, rows, process.rank, process.world)):
+        for i, (x, y) in enumerate(data.eval_batches(ids, T, limit, rows, process.dp_rank, process.dp_world)):
             x, y, prefix = torch.from_numpy(x).to(process.device), torch.from_numpy(y), None
             if model.config.prefix_lm:
-                prefix = prefix_lengths(0, process.rank + process.world * torch.arange(i * rows, (i + 1) * rows), T)
-                y, prefix = mask_prefix(y, prefix), prefix.to(process.device)
+                numbers = process.dp_rank + process.dp_world * torch.arange(i * rows, (i + 1) * rows)
+                y, prefix = mask_prefix(y, prefix_lengths(0, numbers, T)), prefix_lengths(0, numbers, T).to(x.device)
             loss = model(x, y.to(process.device), prefix=prefix, reduction="sum")[1]
             y = y[y != -100]
             part += torch.tensor([loss.item(), len(y), token_bytes[y].sum().item()], dtype=torch.float64)
@@ -435,10 +442,11 @@ class Trainer:
     """
 
     def __init__(self, model, args, process, dtype, accumulate, graphs):
-        self.model, self.grad_clip = model, args.grad_clip or math.inf
-        self.optimizers = make_optimizers(model, args, process.device, capturable=graphs)
+        self.model, self.grad_clip, self.accumulate = model, args.grad_clip or math.inf, accumulate
+        self.sharded = shard(model, process, args, whole=lambda name, shape: sees_whole(args.optimizer, name, shape))
+        self.optimizers = make_optimizers(self.sharded.stand_in, args, process.device, capturable=graphs)
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=dtype == torch.float16)
-        self.forward = model if process.world == 1 else DistributedDataParallel(model)
+        self.waiting = []  # micro-batches for a pipeline
         self.loss, self.norm = (torch.zeros((), device=process.device) for _ in range(2))
         self.parts = torch.full((), float(accumulate), device=process.device)  # what a micro-batch's loss is divided by
         self.ema_decay = args.ema  # e ← decay · e + (1 - decay) · w after each step, float32, from the first weights
@@ -471,27 +479,37 @@ class Trainer:
         """End the step without using its gradient."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=self.graphs is None)
+        if not self.sharded.plain:
+            self.model.zero_grad()
         self.scaler.update()
 
     def _micro_step(self, x, y, last=True, prefix=None):
+        if self.sharded.pipeline is not None:  # it takes them all at once
+            self.waiting.append((x, y))
+            if last:
+                x, y = (torch.cat(z) for z in zip(*self.waiting))
+                self.loss += self.sharded.pipeline.step(x, y, len(self.waiting)) * self.sharded.process.pp
+                self.waiting = []
+            return
         # cuDNN's attention is the fastest that torch has on Hopper: 4 % of GPT-2 124M's step
         fast = x.is_cuda and not self.model.config.dropout
-        with nullcontext() if last or self.forward is self.model else self.forward.no_sync(), \
-                sdpa_kernel(ATTENTION, set_priority=True) if fast else nullcontext():
+        with sdpa_kernel(ATTENTION, set_priority=True) if fast else nullcontext():
             # rows of a prefix-LM have different numbers of targets: parts is then the step's, a process
-            loss = self.forward(x, y, prefix=prefix, reduction="mean" if prefix is None else "sum")[1] / self.parts
+            reduction = "mean" if prefix is None else "sum"
+            loss = self.sharded(x, y, reduction, last, prefix)[1] / self.parts
             self.scaler.scale(loss).backward()
         self.loss += loss.detach()
 
     def _clip(self):
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        self.norm.copy_(nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip))
+        self.norm.copy_(self.sharded.reduce(self.grad_clip))
 
     def _apply(self):
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=self.graphs is None)
+        self.sharded.publish()
         self.scaler.update()
         if self.ema:
             weights = [p.detach().float() for p in self.model.parameters()]
@@ -541,16 +559,12 @@ class Trainer:
                 lr = group["peak_lr"] * share
                 group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else group.update(lr=lr)
 
-    def state_dict(self):
-        return {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-                "scaler": self.scaler.state_dict(), "ema": self.ema}
+    def state_dict(self, sharded=False):
+        """Whole tensors on rank 0, or the parts of every rank; see model.Sharded."""
+        return self.sharded.state_dict(self.optimizers, sharded) | {"scaler": self.scaler.state_dict(), "ema": self.ema}
 
     def load_state_dict(self, state):
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            groups = [{**ours, "params": theirs["params"]} for ours, theirs in
-                      zip(optimizer.state_dict()["param_groups"], saved["param_groups"], strict=True)]
-            optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})  # rates are this run's
+        self.sharded.load_state_dict(state, self.optimizers)
         self.scaler.load_state_dict(state["scaler"])
         with torch.no_grad():
             for name, p in self.model.named_parameters():
@@ -620,6 +634,18 @@ def get_args(argv=None):
     add("--spike_z", type=float, default=6.0, help="a spike: loss or gradient norm so many deviations above the mean")
     add("--spike_window", type=int, default=128, help="of so many steps; before that only --spike_norm counts")
     add("--spike_norm", type=float, default=0.0, help="or a gradient norm above this; 0: none")
+    # processes
+    add("--parallel", default="ddp", choices=list(MODES), help="; ".join(f"{k}: {v}" for k, v in MODES.items()))
+    add("--hsdp_shard", type=int, default=0, help="processes of an hsdp group (0: one machine's)")
+    add("--tp", type=int, default=1, help="tensor parallelism: processes that share each matrix")
+    add("--pp", type=int, default=1, help="pipeline parallelism: stages of layers")
+    add("--pp_schedule", default="1f1b", choices=["gpipe", "1f1b"])
+    add("--cp", type=int, default=1, help="context parallelism: processes that share each sequence")
+    add("--recompute", default="none", choices=["none", "block", "selective"],
+        help="in the backward pass, for memory: whole blocks, or all but matrix products and attention")
+    add("--offload", default=False, **flag, help="optimizer state and the weights it steps in main memory")
+    add("--ckpt", default="full", choices=["full", "sharded"], help="optim.pt whole, or one file a process")
+    add("--timeout", type=float, default=120, help="seconds after which a process that waits for another gives up")
     # looking
     add("--eval_every", type=int, default=250, help="steps; 0: only at the end")
     add("--eval_tokens", type=int, default=65536, help="validation tokens; 0: all")
@@ -636,9 +662,19 @@ def get_args(argv=None):
 
 
 def load_optim(out):
+    """What --resume needs; tensors are mapped from the file, so that each process reads only its own part."""
     path = Path(out) / "optim.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        for file in state.get("files", []):
+            part = torch.load(path.with_name(file), map_location="cpu", weights_only=True, mmap=True)
+            for name, pieces in part["model"].items():
+                state["model"].setdefault(name, []).extend(pieces)
+            for mine, theirs in zip(state["optimizers"], part["optimizers"]):
+                for i, values in theirs["state"].items():
+                    for key, pieces in values.items():
+                        mine["state"].setdefault(i, {}).setdefault(key, []).extend(pieces)
+        return state
     except FileNotFoundError:
         raise BadInput(f"--resume: there is no {path}; start without --resume, or give the run's --out") from None
     except Exception as error:  # pickle, zip and torch each have their own
@@ -655,17 +691,47 @@ def split_batch(args, T, process):
     (rows of the first step over all processes, rows of a micro-batch, micro-batches); BadInput names a size that works.
     """
     tokens, flag = parse_ramp(args)[0], "--batch_ramp" if args.batch_ramp else "--batch_tokens"
-    rows, rest = divmod(tokens, T * process.world)
+    rows, rest = divmod(tokens, T * process.dp_world)
     if rest or not rows:
-        step = T * process.world
-        raise BadInput(f"{flag} {tokens} is not a multiple of block_size {T} x {process.world} "
+        step = T * process.dp_world
+        raise BadInput(f"{flag} {tokens} is not a multiple of block_size {T} x {process.dp_world} "
                        f"process(es): use {max(1, rows) * step} or {(rows + 1) * step}")
     limit = 65536 if process.device.type == "cuda" else 16384  # tokens that one forward pass may hold
-    micro = args.micro_batch or next(m for m in range(min(rows, max(1, limit // T)), 0, -1) if rows % m == 0)
+    most = max(1, min(rows, limit * process.cp // T, rows // (4 * process.pp) if process.pp > 1 else rows))
+    micro = args.micro_batch or next(m for m in range(most, 0, -1) if rows % m == 0)
     if rows % micro:
         fits = [m for m in range(1, rows + 1) if rows % m == 0]
         raise BadInput(f"--micro_batch {micro} does not divide the {rows} rows of a process: use one of {fits}")
-    return rows * process.world, micro, rows // micro
+    return rows * process.dp_world, micro, rows // micro
+
+
+def save_optim(out, trainer, process, sharded, **rest):
+    """
+    OUT/optim.pt, replaced at once. Returns the whole weights on rank 0. sharded: each process writes its parts beside
+    it, and then optim.pt names their files, so that it never names one that is not whole.
+    """
+    path = Path(out) / "optim.pt"
+    if not sharded:
+        state = trainer.state_dict()
+        if process.rank == 0:
+            with replace_file(path) as f:
+                torch.save({**state, **rest}, f)
+    else:
+        state = trainer.state_dict(sharded=True)
+        names = [f"optim-{rest['step']}-{r}-of-{process.world}.pt" for r in range(process.world)]
+        with replace_file(path.with_name(names[process.rank])) as f:
+            torch.save({name: state[name] for name in ("model", "optimizers")}, f)
+        process.wait()
+        if process.rank == 0:
+            groups = [{"state": {}, "param_groups": o["param_groups"]} for o in state["optimizers"]]
+            with replace_file(path) as f:
+                torch.save({"model": {}, "optimizers": groups, "scaler": state["scaler"], "files": names, **rest}, f)
+        state = {"model": {key[1]: t for key, t in trainer.sharded.gather(trainer.sharded.held()).items()}}
+    if process.rank == 0:
+        for old in path.parent.glob("optim-*-of-*.pt"):
+            if not sharded or old.name not in names:
+                old.unlink()
+    return state.get("model", {})
 
 
 def start_run(out):
@@ -695,7 +761,7 @@ def report(model, tokenizer, folders, say):
 
 def main():
     args = get_args()
-    process = setup_process(args.device)
+    process = setup_process(args.device, args)
     device, main_process = process.device, process.rank == 0
     say = print if main_process else lambda *a, **k: None
     started = time.time()
@@ -704,11 +770,12 @@ def main():
     if main_process:
         folders, tokenizer = data.prepare(args.data, args.tokenizer, args.vocab_size, args.input)
     if process.world > 1:
-        dist.barrier()
+        process.wait()
         if not main_process:
             folders, tokenizer = data.prepare(args.data, args.tokenizer, args.vocab_size, args.input)
     config = make_config(args, tokenizer.n_vocab)
     T = config.block_size
+    check_layout(config, process, T)
     rows, micro, accumulate = split_batch(args, T, process)
     _, levels, length = parse_ramp(args)
     loader = data.TokenLoader([(w, data.open_tokens(f / "train.bin")) for w, f in folders.values()], T, args.seed)
@@ -721,16 +788,22 @@ def main():
     args.dtype = str(dtype).removeprefix("torch.")
     model = GPT(config)
     init_weights(model, args.seed, args.init_scale)
-    model.to(device).compute_dtype = dtype
-    model.z_loss = args.z_loss
+    model.compute_dtype, model.z_loss = dtype, args.z_loss
     if args.embed_grad_scale != 1:
         shrink_embedding_gradient(model, args.embed_grad_scale)
-    total, matmul = count_parameters(model)
+    (total, matmul), flops = count_parameters(model), flops_per_token(model, T)
     if config.prefix_lm and args.graphs:
         raise BadInput("--graphs records one mask, but with --prefix_lm each row has its own: leave --graphs out")
     graphs = device.type == "cuda" and process.world == 1 and dtype != torch.float16 and total < 50e6
-    graphs = graphs and not config.prefix_lm
+    graphs = graphs and not config.prefix_lm and not args.offload
     trainer = Trainer(model, args, process, dtype, accumulate, graphs if args.graphs is None else args.graphs)
+    if not trainer.sharded.plain:
+        for given, why in ((dtype == torch.float16, "--dtype float16 scales the loss"),
+                           (args.ema, "--ema averages whole weights")):
+            if given:
+                raise BadInput(f"{why}, which works with --parallel ddp alone: leave it out")
+    if args.z_loss and process.tp > 1:
+        raise BadInput("--z_loss is not known to the loss over a cut vocabulary: leave it or --tp out")
     if args.fp8:
         use_float8(model)
     if device.type == "cuda" if args.compile is None else args.compile:
@@ -748,17 +821,18 @@ def main():
             raise BadInput(f"--resume: {out} was trained by {saved['args']['optimizer']}, not {args.optimizer}: leave "
                            f"--optimizer out")
         trainer.load_state_dict(saved)
-        step, best, past = saved["step"], saved["best"], saved["past"]
+        step, best, past, logged = saved["step"], saved["best"], saved["past"], saved["log"]
+        del saved  # lets go of the file, which the next save replaces
     if main_process:
         if args.resume:  # the log goes back to what was written before the save
-            os.truncate(out / "log.jsonl", min(saved["log"], (out / "log.jsonl").stat().st_size))
+            os.truncate(out / "log.jsonl", min(logged, (out / "log.jsonl").stat().st_size))
         else:
             start_run(out)
             tokenizer.save(out)
         log = open(out / "log.jsonl", "a")
-    flops, peak = flops_per_token(model, T), peak_flops(device)
+    peak = peak_flops(device)
     say(f"{total / 1e6:.2f}M parameters, {matmul / 1e6:.2f}M in matrix products; {rows} rows x {T} tokens a step in "
-        f"{accumulate} x {process.world} micro-batches"
+        f"{accumulate} x {process.dp_world} micro-batches"
         + (f", {levels} times as many after {(levels - 1) * length} steps" if levels > 1 else "")
         + f"; {device}, {args.dtype}, {args.optimizer}\n"
         f"MFU = (6 x {matmul:,} + 12 L H D T) x tokens/s / "
@@ -779,7 +853,7 @@ def main():
             torch.cuda.set_device(device)  # a thread's own
         while True:
             for i in range(accumulate * batch_level(step, levels, length)):
-                first = row + (i * process.world + process.rank) * micro
+                first = row + (i * process.dp_world + process.dp_rank) * micro
                 batch, prefix = torch.from_numpy(loader.batch(first, micro)), None
                 if config.prefix_lm:
                     prefix = prefix_lengths(args.seed, torch.arange(first, first + micro), T)
@@ -787,25 +861,26 @@ def main():
             row += rows * batch_level(step, levels, length)
             step += 1
 
+    if process.world > 1:
+        say(f"{args.parallel} over {process.dp_world} x tp {args.tp} x cp {args.cp} x pp {args.pp}" + (
+            f"; {accumulate} micro-batches leave a stage idle {trainer.sharded.pipeline.bubble(accumulate):.0%} of the "
+            f"time ({args.pp_schedule})" if args.pp > 1 else ""))
+
     def save(metrics, weights=True):
         """What resuming needs, then what the next stages need; `weights` False leaves an earlier best in place."""
-        if not main_process:
-            return
-        log.flush()
-        state = {**trainer.state_dict(), "step": step, "best": best, "past": past, "args": vars(args),
-                 "config": vars(config), "corpus": corpus, "log": (out / "log.jsonl").stat().st_size}
-        with replace_file(out / "optim.pt") as f:
-            try:
-                torch.save(state, f)
-            except RuntimeError as error:  # the zip writer's, after the file's own
-                raise (error.__context__ if isinstance(error.__context__, OSError) else error)
-        if weights:
+        if main_process:
+            log.flush()
+        whole = save_optim(out, trainer, process, args.ckpt == "sharded", step=step, best=best, past=past,
+                           args=vars(args), config=vars(config), corpus=corpus,
+                           log=(out / "log.jsonl").stat().st_size if main_process else 0)
+        if weights and main_process:
             folders = [out] + [out / f"step-{step:06}"] * (args.keep == "all")
             with trainer.averaged():
                 for folder in folders:
-                    save_run(folder, model, describe(metrics))
+                    save_run(folder, model, describe(metrics), None if trainer.sharded.plain else whole)
             if args.keep == "all":
                 tokenizer.save(folders[1])
+        process.wait()
 
     def describe(metrics):
         return {"stage": "train", "step": step, "rows": first_row(step), "metrics": metrics, "args": vars(args),
@@ -854,7 +929,7 @@ def main():
             pending, tokens, clock = [], 0, time.time()
         if evaluating and not interrupted and not rewound and (step > first or last):
             with trainer.averaged():
-                metrics = validate(model, val, T, args.eval_tokens, micro, process, token_bytes)
+                metrics = validate(trainer.sharded, val, T, args.eval_tokens, micro, process, token_bytes)
             say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
             if metrics["val_loss"] < best["val_loss"]:
                 best = metrics
@@ -873,7 +948,7 @@ def main():
         level, row = batch_level(step, levels, length), first_row(step)
         if config.prefix_lm:  # targets of the step, a process
             lengths = prefix_lengths(args.seed, torch.arange(row, row + rows * level), T)
-            trainer.parts.fill_((T - (lengths - 1).clamp(min=0)).sum().item() / process.world)
+            trainer.parts.fill_((T - (lengths - 1).clamp(min=0)).sum().item() / process.dp_world)
         elif levels > 1:
             trainer.parts.fill_(accumulate * level)
         if config.dropout:  # masks too are a function of (seed, step, rank)
@@ -930,8 +1005,11 @@ def main():
     if interrupted:
         say(f"stopped at step {step} and saved: python train.py --resume --out {out} goes on from here")
     elif main_process:
-        if args.keep == "best":
-            metrics = best
+        metrics = best if args.keep == "best" else metrics
+        if not trainer.sharded.plain:  # one whole model, to look at
+            model = load_run(out, device)[0]
+            model.compute_dtype = dtype
+        elif args.keep == "best":
             model.load_state_dict(load_safetensors(out / "model.safetensors"))
         elif trainer.ema:
             model.load_state_dict(trainer.ema)
@@ -944,9 +1022,7 @@ def main():
         metrics = {name: round(value, 5) for name, value in metrics.items()}
         save_run(out, model, describe(metrics))
         print(json.dumps(metrics))
-    if process.world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    process.close()
 
 
 if __name__ == "__main__":

@@ -295,11 +295,12 @@ class TokenLoader:
 def eval_batches(ids, T, max_tokens, rows, rank=0, world=1):
     """
     The first max_tokens targets of a token file (0: all of them) in consecutive windows, dealt to the ranks in
-    turn: inputs and targets, (rows, T) int64 each; targets past the end are -100.
+    turn: inputs and targets, (rows, T) int64 each; targets past the end are -100. Every rank gets as many batches,
+    the last of them perhaps empty, because ranks that hold parts of one model compute together.
     """
     targets = len(ids) - 1 if max_tokens == 0 else min(len(ids) - 1, max_tokens)
     starts = range(rank * T, targets, world * T)
-    for i in range(0, len(starts), rows):
+    for i in range(0, len(range(0, targets, world * T)), rows):
         x, y = np.zeros((rows, T), np.int64), np.full((rows, T), -100, np.int64)
         for row, start in enumerate(starts[i:i + rows]):
             n = min(T, targets - start)

@@ -1273,7 +1273,7 @@ PRECISIONS = {
 OPTIMIZERS = {"sgd": lambda s: 0, "momentum": lambda s: s, "adam": lambda s: 2 * s,
               "adam8bit": lambda s: 2 * (1 + 4 / 256), "adafactor": None, "muon": None}
 # (models that train, models that only run). PPO: actor and critic; reference and reward.
-MODES = {"train": (1, 0), "sft": (1, 0), "lora": (1, 1), "qlora": (1, 1), "infer": (0, 1), "dpo": (1, 1),
+USES = {"train": (1, 0), "sft": (1, 0), "lora": (1, 1), "qlora": (1, 1), "infer": (0, 1), "dpo": (1, 1),
          "ppo": (2, 2), "grpo": (1, 1), "grpo_reward": (1, 2)}
 # Does ZeRO divide weights, gradients, optimizer state by N? FSDP is zero3.
 SHARDED = {"none": (0, 0, 0), "ddp": (0, 0, 0), "zero1": (0, 0, 1), "zero2": (0, 1, 1), "zero3": (1, 1, 1)}
@@ -1429,7 +1429,7 @@ def memory_plan(args, c=None, parallel="none", stage=0):
     check_plan(args, c)
     precision = args.precision or ("mixed" if c is None else "ours")
     weight, gradient, _, _, size = PRECISIONS[precision]
-    lora, (trains, runs) = "lora" in args.mode, MODES[args.mode]
+    lora, (trains, runs) = "lora" in args.mode, USES[args.mode]
     shared = args.tp * args.pp
     if c is None:
         base = trained = {"": (args.params / shared,)}
@@ -1532,7 +1532,7 @@ def add_memory_flags(parser):
     add = parser.add_argument
     add("name", nargs="?", help=f"a preset: {', '.join(PRESETS)}")
     add("--params", type=float, help="instead, a bare number of parameters such as 7.5e9: no activations")
-    add("--mode", default="train", choices=list(MODES))
+    add("--mode", default="train", choices=list(USES))
     add("--precision", choices=list(PRECISIONS), help="(default: ours; mixed with --params)")
     add("--optimizer", default="adam", choices=list(OPTIMIZERS))
     add("--micro_batch", type=int, default=8, help="rows of a forward pass (dpo: pairs)")
@@ -1688,7 +1688,7 @@ class Process:
     device: torch.device
     rank: int = 0
     world: int = 1
-    mode: str = "ddp"  # see MODES
+    mode: str = "ddp"  # see PARALLEL
     pp: int = 1
     shard: int = 1
     cp: int = 1
@@ -1728,7 +1728,7 @@ class Process:
             dist.destroy_process_group()
 
 
-MODES = {  # who holds parameters, gradients, optimizer state (Rajbhandari et al. 2020)
+PARALLEL = {  # who holds parameters, gradients, optimizer state (Rajbhandari et al. 2020)
     "ddp": "everybody all of them",
     "zero1": "each the optimizer state of its own whole parameters, which it steps and sends to the others",
     "zero2": "a shard of gradients, state and masters each; gathered parameters stay until the backward pass is over",
@@ -1775,8 +1775,8 @@ def setup_process(device="auto", args=None):
 
 def lay_out(process, parallel="ddp", hsdp_shard=0, pp=1, cp=1, tp=1):
     """Fill in the sizes of the axes; BadInput where the world is not their product."""
-    if parallel not in MODES:
-        raise BadInput(f"--parallel {parallel} is unknown: choose one of {', '.join(MODES)}")
+    if parallel not in PARALLEL:
+        raise BadInput(f"--parallel {parallel} is unknown: choose one of {', '.join(PARALLEL)}")
     if min(pp, cp, tp) < 1 or process.world % (pp * cp * tp):
         raise BadInput(f"--pp {pp} x --cp {cp} x --tp {tp} does not divide the {process.world} process(es) that "
                        f"torchrun started: start a multiple of {max(1, pp * cp * tp)}")

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 from bpe import BadInput, cli, replace_file
-from model import (GPT, GPTConfig, MODES, PRESETS, adamw_groups, all_reduce, check_layout, count_parameters,
+from model import (GPT, GPTConfig, PARALLEL, PRESETS, adamw_groups, all_reduce, check_layout, count_parameters,
                    flops_per_token, init_weights, load_run, load_safetensors, peak_flops, peak_memory, save_run,
                    setup_process, shard, uniform, use_float8)
 
@@ -635,7 +635,7 @@ def get_args(argv=None):
     add("--spike_window", type=int, default=128, help="of so many steps; before that only --spike_norm counts")
     add("--spike_norm", type=float, default=0.0, help="or a gradient norm above this; 0: none")
     # processes
-    add("--parallel", default="ddp", choices=list(MODES), help="; ".join(f"{k}: {v}" for k, v in MODES.items()))
+    add("--parallel", default="ddp", choices=list(PARALLEL), help="; ".join(f"{k}: {v}" for k, v in PARALLEL.items()))
     add("--hsdp_shard", type=int, default=0, help="processes of an hsdp group (0: one machine's)")
     add("--tp", type=int, default=1, help="tensor parallelism: processes that share each matrix")
     add("--pp", type=int, default=1, help="pipeline parallelism: stages of layers")

@@ -38,11 +38,11 @@ ROWS, STEPS, HALF = 8, 20, 10
 RUNS = {  # processes: (style, flags), each from the first step to the last
     2: [("nano", "--parallel ddp"), ("nano", "--parallel zero1"), ("gpt2", "--parallel zero2"),
         ("gpt2", "--parallel fsdp --micro_batch 2 --recompute block"), ("nano", "--tp 2"),
-        ("nano", "--cp 2"), ("gpt2", "--cp 2"), ("nano", "--pp 2"), ("alibi", "--cp 2")],
+        ("nano", "--cp 2"), ("gpt2", "--cp 2"), ("nano", "--pp 2")],
     4: [("nano", "--parallel hsdp --hsdp_shard 2"), ("alibi", "--pp 2 --cp 2")],
 }
 SLOW = {
-    2: [("alibi", "--tp 2"), ("nano", "--parallel fsdp --offload"),
+    2: [("alibi", "--tp 2"), ("alibi", "--cp 2"), ("nano", "--parallel fsdp --offload"),
         ("gpt2", "--pp 2 --pp_schedule gpipe --micro_batch 2"), ("nano", "--micro_batch 2 --recompute selective"),
         ("llama", "--tp 2"), ("t5", "--tp 2"), ("t5", "--cp 2"), ("falcon", "--tp 2"), ("nano", "--parallel zero1 --offload"),
         ("nano", "--parallel zero1 --optimizer adamw --lr 0.01"), ("gpt2", "--parallel fsdp --optimizer adamw --lr 0.01"),

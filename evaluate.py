@@ -473,9 +473,11 @@ def reading(read):
     def read_row(where, row):
         try:
             return read(where, row)
+        except BadInput:  # has its sentence already
+            raise
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise BadInput(f"{where} is no row that this task reads ({type(error).__name__}: {error}): it has "
-                           f"{', '.join(row) or 'no keys'}; see python evaluate.py --help") from None
+                           f"the keys {', '.join(row) or 'none'}; see python evaluate.py --help") from None
     return read_row
 
 
@@ -994,7 +996,7 @@ def task_probe(subject, source, args):
     if source:
         rows = [read_probe(*row) for row in read_rows(source, args.limit)]
     else:
-        pairs, places = arithmetic.draw("train", 4000), (("first", 0), ("last", -1))
+        pairs, places = arithmetic.draw("val", 4000), (("first", 0), ("last", -1))
         rows = [(q, name, answer[at]) for q, answer in pairs for name, at in places]
     marks = [subject.tokenizer.special.get(name) for name in ("<|im_start|>", "<|im_end|>")]
     classes, texts = sorted({label for *_, label in rows}), sorted({text for text, *_ in rows})
@@ -1016,7 +1018,7 @@ def task_probe(subject, source, args):
     guesses = {"accuracy": probe(subject.model, train, test, **settings).tolist(),
                "random_model": probe(blank.to(subject.model.device).eval(), train, test, **settings).tolist()}
     figures, at = {}, 0
-    for description, (known, asked) in sorted(described.items(), key=lambda item: list(described).index(item[0])):
+    for description, (known, asked) in described.items():
         truth, name = [y for _, y in asked], f"_{description}" if description and len(described) < 10 else ""
         most = Counter(y for _, y in known).most_common(1)[0][0]
         for kind, guess in guesses.items():
@@ -1057,8 +1059,8 @@ def get_args(argv=None):
     add("--elo_k", type=float, default=32.0, help="points that a battle can move")
     add("--orders", type=int, default=100, help="orders of the battles over which Elo is averaged")
     add("--rank", type=int, default=8, help="of the probe's change to the embedding")
-    add("--steps", type=int, default=1000, help="of training the probe")
-    add("--lr", type=float, default=0.002, help="of the probe, falling to 0")
+    add("--steps", type=int, default=300, help="of training the probe")
+    add("--lr", type=float, default=0.01, help="of the probe, falling to 0")
     add("--forward_tokens", type=int, default=8192, help="tokens in one forward pass; lower it where memory ends")
     add("--texts", help="JSONL file to which written answers are added")
     add("--json", help="file for the metrics, beside the run's evaluate.json")
@@ -1142,13 +1144,17 @@ def main():
             found = TASKS[name](subject, source, args)
             label = "" if name in ("val", "checks") else f"{label_of(name, source)}/"
             figures |= {label + metric: figure for metric, figure in found.items()}
-            print(f"{subject.name}, {label_of(name, source)}: {subject.tokens} tokens in {subject.seconds:.1f} s, "
-                  f"{subject.tokens / max(subject.seconds, 1e-9):.0f} tokens/s", file=sys.stderr)
-        write_json(subject.folder / "evaluate.json", summary(figures, args))
+            if subject.tokens:
+                print(f"{subject.name}, {label_of(name, source)}: {subject.tokens} tokens in {subject.seconds:.1f} s, "
+                      f"{subject.tokens / subject.seconds:.0f} tokens/s", file=sys.stderr)
+        if figures:
+            write_json(subject.folder / "evaluate.json", summary(figures, args))
     for name, source in tasks:
         if name == "winrate" or name in WITHOUT_MODEL:
             results[label_of(name, source)] = TASKS[name](subjects, source, args)
     results = {name: figures for name, figures in results.items() if figures}
+    if not results:
+        raise BadInput("no question is known about the data of this run: give --task text, or another of --help")
     show(results)
     metrics = summary(next(iter(results.values())), args) if len(results) == 1 else {
         "runs": {name: summary(figures, args) for name, figures in results.items()}}

@@ -19,6 +19,15 @@ from model import GPT, GPTConfig, init_weights, save_run
 TEXT = "the cat sat on the mat, naïve 你好 and 993-7=986. Question: who? Answer: A. B. " * 30
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small lose more to the meeting of threads than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_run(out, seed=0, **config):
     """An untrained model with a tokenizer: noise, but the same noise every time."""
     tokenizer = Tokenizer.train([TEXT], 290)
@@ -414,10 +423,12 @@ def test_the_probe_reports_a_random_model_and_the_majority(run_dir, tmp_path):
 
 @pytest.mark.parametrize("args, words", [
     ("--task nonsense", "nonsense"), ("--task choices", "needs a file"), ("--task choices=missing", "missing"),
-    ("--task choices={empty}", "is empty"), ("--task arena={empty}", "is empty"), ("--task arena={battle}", "'nobody'"),
+    ("--task choices={empty}", "is empty"), ("--task arena={empty}", "is empty"),
+    ("--task arena={battle}", "line 1 has the winner 'nobody'"),
     ("--task choices={long}", "longer than the model's context of 64"), ("--task text={empty}", "longer one"),
     ("--task choices={battle}", "no row that this task reads"), ("--task judged={battle}", "true or false"),
     ("--task text --stride 99", "--stride"), ("--task arithmetic=x", "positive number"), ("--limit -1", "--limit"),
+    ("--task checks", "no question is known"),
     ("--task winrate={battle}", "two runs"), ("--task val", "tokenizer"), ("--init nowhere", "nowhere"),
     ("--task answers={answer} --num_samples 2", "--temperature"), ("--task choices={one} --shots 3", "--shots 3")])
 def test_bad_input_is_one_sentence_and_status_two(run_dir, tmp_path, args, words):
@@ -427,4 +438,5 @@ def test_bad_input_is_one_sentence_and_status_two(run_dir, tmp_path, args, words
             "answer": [{"prompt": "a", "answer": "b"}]}
     paths = {name: jsonl(tmp_path / f"{name}.jsonl", made) for name, made in rows.items()}
     _, text = evaluate("--init", run_dir, *args.format(**paths).split(), check=2)
-    assert text.splitlines()[-1].startswith("evaluate.py: error: ") and words in text
+    sentence = text.splitlines()[-1]
+    assert sentence.startswith("evaluate.py: error: ") and words in sentence and "BadInput" not in sentence

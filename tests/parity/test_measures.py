@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import evaluate as E
-from bpe import Tokenizer
 from conftest import need, package
 from model import GPT
 

@@ -1145,8 +1145,8 @@ def main():
             label = "" if name in ("val", "checks") else f"{label_of(name, source)}/"
             figures |= {label + metric: figure for metric, figure in found.items()}
             if subject.tokens:
-                print(f"{subject.name}, {label_of(name, source)}: {subject.tokens} tokens in {subject.seconds:.1f} s, "
-                      f"{subject.tokens / subject.seconds:.0f} tokens/s", file=sys.stderr)
+                speed = f"{subject.seconds:.1f} s, {subject.tokens / subject.seconds:.0f} tokens/s"
+                print(f"{subject.name}, {label_of(name, source)}: {subject.tokens} tokens in {speed}", file=sys.stderr)
         if figures:
             write_json(subject.folder / "evaluate.json", summary(figures, args))
     for name, source in tasks:

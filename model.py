@@ -1,6 +1,7 @@
 """
-The GPT that every stage shares: config, blocks, loss, cache and generation engine, processes and parallelism,
-FLOP accounting, safetensors, run directories, Hugging Face import.
+The GPT that every stage shares. From top to bottom: config and presets; norms, positions, attention, blocks; initial
+weights; loss; the model, its cache and generation engine; parameters, FLOPs and peaks; the plan of memory and time;
+processes and parallelism; safetensors and run directories; Hugging Face both ways.
 
     p(x_1 … x_T) = Π_t p(x_t | x_<t),    loss = -1/T Σ_t log p(x_t | x_<t)   (nats per token)
 
@@ -363,7 +364,9 @@ def rope_table(c):
 
 
 def apply_rope(x, rope):
-    """Rotate each pair (x_i, x_{i + D/2}) of the first D entries of x (B, T, H, ≥ D) by its angle; rope (2, [B,] T, 1, D)."""
+    """
+    Rotate each pair (x_i, x_{i + D/2}) of the first D entries of x (B, T, H, ≥ D) by its angle; rope (2, [B,] T, 1, D).
+    """
     D = rope.shape[-1]
     if D < x.shape[-1]:
         return torch.cat((apply_rope(x[..., :D], rope), x[..., D:]), -1)
@@ -2448,7 +2451,9 @@ class Pipeline:
         return torch.empty(B, T // self.process.tp, m.config.n_embd, dtype=m.compute_dtype, device=self.process.device)
 
     def step(self, x, y, count):
-        """Forward and backward of a step's micro-batches, x and y (count · B, T): the mean loss on the last stage, else 0."""
+        """
+        Forward and backward of a step's micro-batches, x and y (count · B, T): the mean loss on the last stage, else 0.
+        """
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
         p = self.process
         if self.model.cp is not None:

@@ -1,6 +1,7 @@
 """What tests share: where test data lies, and which reference packages are there."""
 import importlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,3 +39,12 @@ def package(name):
     except ImportError:
         reason = f"needs the package {name}: pip install -r tests/requirements.txt"
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """SmolLM2-135M-Instruct as a Hugging Face folder; the tool beside the test data downloads and writes it."""
+    package("gguf")
+    folder = tmp_path_factory.mktemp("smollm2")
+    subprocess.run([sys.executable, need("../tools/get_smollm2.py"), folder], check=True)
+    return folder

@@ -1,7 +1,5 @@
 """The same figures as the public packages: transformers, sacrebleu, rouge_score, nltk, scipy."""
 import random
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -110,15 +108,6 @@ def test_perplexity_and_choices_of_a_random_model_equal_transformers(tmp_path, k
         for (context, rows), scores in zip(groups, E.continuations(ours, groups)):
             expected = [one_by_one(theirs, context, row) for row in rows]
             assert [s[0] for s in scores] == pytest.approx(expected, abs=1e-3)
-
-
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory):
-    """SmolLM2-135M-Instruct as a Hugging Face folder; the tool beside the test data downloads and writes it."""
-    package("gguf")
-    folder = tmp_path_factory.mktemp("smollm2")
-    subprocess.run([sys.executable, need("../tools/get_smollm2.py"), folder], check=True)
-    return folder
 
 
 @pytest.mark.slow

@@ -89,15 +89,6 @@ def test_logits_and_greedy_text_equal_transformers_and_the_way_back(tmp_path, na
         assert (back(TOKENS).logits - logits).abs().max() < 1e-4
 
 
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory):
-    """SmolLM2-135M-Instruct as a Hugging Face folder; the tool beside the test data downloads and writes it."""
-    package("gguf")
-    folder = tmp_path_factory.mktemp("smollm2")
-    subprocess.run([sys.executable, need("../tools/get_smollm2.py"), folder], check=True)
-    return folder
-
-
 @pytest.mark.slow
 def test_smollm2_here_is_smollm2_there(smollm2, tmp_path):
     """Losses on 1,024 tokens and the greedy answer, float32 and bf16; exported, transformers computes its logits."""

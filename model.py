@@ -2136,7 +2136,8 @@ class Sharded:
         self.pipeline = Pipeline(model, process, flags["pp_schedule"]) if p.pp > 1 else None
         self.forward = model
         if p.replicate > 1 and not self.sharded and p.pp == 1:
-            self.forward = nn.parallel.DistributedDataParallel(model, process_group=p.groups["replicate"])
+            self.forward = nn.parallel.DistributedDataParallel(  # without a second copy of the gradients
+                model, process_group=p.groups["replicate"], gradient_as_bucket_view=True)
         self.parts = {name: local(t.detach()) for name, t in model.named_parameters()}
         self.owner, self.keeper = {}, {}  # name -> its rank in the group "stage" (whole), "replicate" (zero1)
         self.stand_in = model if self.plain else self.make_stand_in(whole)
@@ -2230,8 +2231,8 @@ class Sharded:
             if model.cp is not None:
                 dist.all_reduce(loss, group=p.groups["cp"])
             return None, loss
-        if self.sharded:
-            model.set_requires_gradient_sync(last)
+        if self.sharded:  # gradients of every micro-batch go to their shards, hsdp's groups meet at the last
+            model.set_requires_all_reduce(last)
         with contextlib.nullcontext() if last or self.forward is model else self.forward.no_sync():
             return self.forward(x, y, reduction=reduction, prefix=prefix)
 

@@ -919,6 +919,7 @@ class GPT(nn.Module):
         keys = T if cache is None or prefill else cache.seen()
         keys = keys if self.cp is None else len(self.in_order)
         flexible = device.type == "cuda" and cache is None and not (self.training and c.dropout)
+        flexible = flexible and c.head_dim >= 16  # the least that flex_attention takes
         views = self.views(B, T, places, keys, doc_ids, prefix, flexible)
 
         rope = None

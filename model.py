@@ -476,7 +476,7 @@ def decode_attention(q, k, v, slots, scale, dropout):
     sums = torch.empty(B, heads, parts, M, width + 2, device=q.device) if parts > 1 else y
     slopes = slots.pos if slots.slopes is None else slots.slopes
     triton_decode[(B, heads, parts)](
-        q, k, v, slots.k, slots.v, slots.pos, slots.depth, slots.tree, slopes, y, sums, scale, slots.window, size,
+        q, k, v, slots.k, slots.v, slots.pos, slots.depth, slots.tree, slopes, y, sums, slots.window, size, SCALE=scale,
         T=T, G=H // heads, D=D, WIDTH=width, M=M, N=64, NEW=max(16, triton.next_power_of_2(T)), PARTS=parts,
         KIND=slots.kind, ALIBI=slots.slopes is not None)
     if parts > 1:
@@ -486,7 +486,7 @@ def decode_attention(q, k, v, slots, scale, dropout):
 
 if triton is not None:
     @triton.jit
-    def triton_decode(q, k_new, v_new, k, v, pos, depth, tree, slopes, y, sums, scale, window, size,
+    def triton_decode(q, k_new, v_new, k, v, pos, depth, tree, slopes, y, sums, window, size, SCALE: tl.constexpr,
                       T: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr,
                       N: tl.constexpr, NEW: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, ALIBI: tl.constexpr):
         """decode_attention of one row, one head of keys, one part of its keys. m counts (token, query head) pairs."""
@@ -510,7 +510,7 @@ if triton is not None:
             keys = tl.load(k + slot + j[:, None] * D + d[None, :], mask=there, other=0.0)
             values = tl.load(v + slot + j[:, None] * D + d[None, :], mask=there, other=0.0)
             apart = at[:, None] - j[None, :]
-            z = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+            z = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
             z = z - slope[:, None] * apart if ALIBI else z
             see = (j < stop)[None, :]
             if KIND == "window":
@@ -534,7 +534,7 @@ if triton is not None:
             tl.store(v + slot + (held + u)[:, None] * D + d[None, :], values, mask=room)
             places = held + tl.load(depth + u, mask=u < T, other=0).to(tl.int32)
             apart = at[:, None] - places[None, :]
-            z = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+            z = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
             z = z - slope[:, None] * apart if ALIBI else z
             pairs = real[:, None] & (u < T)[None, :]
             see = tl.load(tree + t[:, None] * T + u[None, :], mask=pairs, other=0) != 0
@@ -1367,10 +1367,19 @@ def keep_mass(logits, rank, mass):
 
 
 def invert(p, u):
-    """The id at which the cumulative sum of p (B, V), of any total, passes the share u (B,) in [0, 1) of it."""
-    cdf = p.cumsum(-1)
-    token = torch.searchsorted(cdf, (u * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
-    return token.clamp(max=p.shape[-1] - 1)
+    """
+    The id at which the cumulative sum of p (B, V), of any total, passes the share u (B,) in [0, 1) of it: first which
+    256 ids, then which of them.
+    """
+    parts = F.pad(p, (0, -p.shape[-1] % 256)).unflatten(-1, (-1, 256))
+    sums = parts.sum(-1).cumsum(-1)
+    goal = u.unsqueeze(1) * sums[:, -1:]
+    part = (sums <= goal).sum(-1, keepdim=True).clamp(max=sums.shape[1] - 1)
+    inside = parts.gather(1, part.unsqueeze(-1).expand(-1, -1, 256)).squeeze(1)
+    cdf = inside.cumsum(-1)
+    goal = goal - (sums.gather(1, part) - cdf[:, -1:])
+    last = (torch.arange(256, device=p.device) * (inside > 0)).amax(-1)  # rounding may not pass what is possible
+    return part.squeeze(1) * 256 + torch.minimum((cdf <= goal).sum(-1), last)
 
 
 def sample_token(logits, u, temperature=1.0, seen=None, **cuts):
@@ -1426,31 +1435,39 @@ class Decoder:
             counts = torch.zeros_like(logits, dtype=torch.int32).scatter_add_(1, idx, there.int())
             self.seen[slots] = counts[whose]
 
+    def hidden(self):
+        """The current token's last hidden state (B, C), from which the head makes the next one's logits."""
+        return self.model.trunk(self.token.unsqueeze(1), cache=self.cache)[:, -1]
+
     def advance(self):
-        """The current token's next logits."""
-        x = self.model.trunk(self.token.unsqueeze(1), cache=self.cache)
-        self.logits.copy_(self.model.logits(x[:, -1]))
+        """The current token's next logits, for a pick."""
+        self.logits.copy_(self.model.logits(self.hidden()))
 
     def draw(self, logits, seeds, drawn, seen):
         return sample_token(logits, uniform(seeds, drawn), seen=seen, **vars(self.sampling))
 
-    def choose(self, slots=slice(None), token=None, draw=None):
+    def draw_hidden(self, x, seeds, drawn, seen):
+        return self.draw(self.model.logits(x), seeds, drawn, seen)
+
+    def choose(self, slots=slice(None), token=None):
         """Draw the next token of some slots from their logits, or take the given one."""
-        logits, seen = self.logits[slots], None if self.seen is None else self.seen[slots]
+        logits = self.logits[slots]
         if token is None:
-            token, logprob = (draw or self.draw)(logits, self.seeds[slots], self.drawn[slots], seen)
+            drawn = self.draw(logits, self.seeds[slots], self.drawn[slots], None if self.seen is None else self.seen[slots])
         else:
-            logprob = logits.log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1)
+            drawn = token, logits.log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1)
+        self.take(*drawn, slots)
+
+    def take(self, token, logprob, slots=slice(None)):
         self.token[slots], self.logprob[slots] = token, logprob
         self.drawn[slots] += 1
-        if seen is not None:
-            self.seen[slots] = seen + F.one_hot(token, seen.shape[1]).int()
+        if self.seen is not None:
+            self.seen[slots] += F.one_hot(token, self.seen.shape[1]).int()
 
     def step(self):
-        """advance and choose: one replay of the recorded graph on CUDA."""
+        """The next token of every slot: one replay of the recorded graph on CUDA."""
         if self.token.device.type != "cuda":
-            self.advance()
-            self.choose()
+            self.take(*self.draw_hidden(self.hidden(), self.seeds, self.drawn, self.seen))
             return
         if self.graph is None:
             self.record()
@@ -1460,21 +1477,19 @@ class Decoder:
     def record(self):
         # compiled: the blocks, one at a time, and everything behind them
         self.cache.compiled, self.cache.static = self.compile and self.model.fuses(1), True
-        draw = torch.compile(self.draw, dynamic=False) if self.compile else None
-        state = [self.cache.pos, self.token, self.logprob, self.logits, self.drawn, self.seen]
+        draw = torch.compile(self.draw_hidden, dynamic=False) if self.compile else self.draw_hidden
+        state = [self.cache.pos, self.token, self.logprob, self.drawn, self.seen]
         saved, bound = [None if t is None else t.clone() for t in state], self.cache.bound
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):  # compilation and library handles come first, outside the graph
-                self.advance()
-                self.choose(draw=draw)
+                self.take(*draw(self.hidden(), self.seeds, self.drawn, self.seen))
                 self.cache.pos.copy_(saved[0])
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.advance()
-            self.choose(draw=draw)
+            self.take(*draw(self.hidden(), self.seeds, self.drawn, self.seen))
         for t, value in zip(state, saved):
             if t is not None:
                 t.copy_(value)

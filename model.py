@@ -225,7 +225,20 @@ class Linear(nn.Linear):
             return y if bias is None else y + bias
         if bias is not None and torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
             return F.linear(x, weight) + bias  # the compiler turns a product alone, without a sum, into its own loop
+        return product(x, weight) if bias is None else product(x, weight, bias)
+
+
+def product(x, weight, bias=None):
+    """
+    x Wᵀ + b. On a CPU a product with 2 to 8 rows is one with columns, four at a time, for which MKL does not copy W
+    first (24 products of 4 x 768 and 768 x 3072 on one core: 50 ms against 83; of one row: 44).
+    """
+    rows = x.numel() // x.shape[-1]
+    if x.is_cuda or not 1 < rows <= 8 or x.dtype != torch.float32 or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
+    columns = F.pad(x.view(rows, -1), (0, 0, 0, -rows % 4)).T
+    y = (weight @ columns)[:, :rows].T.reshape(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
 
 
 def to_float8(t, dtype):
@@ -657,6 +670,7 @@ def decode_block(block, x, rope, slots):
 @functools.cache
 def compiled_decode_block(vector):
     """The same, compiled once for all layers. vector: of one token, whose products become sums in loops of their own."""
+    torch._dynamo.config.recompile_limit = 64  # a graph for each number of rows, tokens and size of cache
     return torch.compile(decode_block, dynamic=False, options={"coordinate_descent_tuning": True} if vector else None)
 
 
@@ -1141,7 +1155,7 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """Hidden states (..., C) -> logits (..., V), float32."""
-        logits = (self.features(x) @ self.head_weight.to(x.dtype).T)[..., :self.config.vocab_size].float()
+        logits = product(self.features(x), self.head_weight.to(x.dtype))[..., :self.config.vocab_size].float()
         return cap(logits, self.config.softcap)
 
     def forward(self, idx, targets=None, cache=None, positions=None, doc_ids=None, prefix=None, embeds=None,
@@ -1412,7 +1426,8 @@ class Decoder:
     def prefill(self, rows, slots=None):
         """
         Put rows of ids into slots (default: all), with the logits of what follows each. Equal rows go through the model
-        once; shorter ones are padded on the right: what stands behind a row's end is never read.
+        once; shorter ones are padded on the right: what stands behind a row's end is never read. Returns the rows' last
+        hidden states, (B, C).
         """
         device, cache = self.token.device, self.cache
         slots = torch.arange(len(rows), device=device) if slots is None else slots
@@ -1428,12 +1443,14 @@ class Decoder:
         new.pos.copy_(lengths)
         cache.copy_rows(slots, new, whose)
         cache.even = len(slots) == len(cache.pos) and len({len(row) for row in place}) == 1
-        logits = self.model.logits(x[torch.arange(len(idx), device=device), lengths - 1])
+        last = x[torch.arange(len(idx), device=device), lengths - 1]
+        logits = self.model.logits(last)
         self.logits[slots] = logits[whose]
         if self.seen is not None:
             there = torch.arange(idx.shape[1], device=device) < lengths[:, None]
             counts = torch.zeros_like(logits, dtype=torch.int32).scatter_add_(1, idx, there.int())
             self.seen[slots] = counts[whose]
+        return last[whose]
 
     def hidden(self):
         """The current token's last hidden state (B, C), from which the head makes the next one's logits."""

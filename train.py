@@ -33,6 +33,7 @@ from bpe import BadInput, cli, replace_file
 from model import (GPT, GPTConfig, PARALLEL, PRESETS, adamw_groups, all_reduce, check_layout, count_parameters,
                    flops_per_token, init_weights, load_run, load_safetensors, peak_flops, peak_memory, save_run,
                    setup_process, shard, uniform, use_float8)
+from quantize import dynamic_code
 
 # -----------------------------------------------------------------------------
 # Optimizers: Muon, Adafactor, AdamW in 8 bits; AdamW and SGD are torch's
@@ -138,19 +139,6 @@ class Adafactor(torch.optim.Optimizer):
                 u = u / (u.square().mean().sqrt() / group["clip"]).clamp(min=1)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(u * group["lr"])
-
-
-def dynamic_code(signed):
-    """
-    256 numbers in [-1, 1] or [0, 1]: seven decades, each with twice as many steps as the one below it, so that the
-    relative error is small near 1 and the range is 10^7 (dynamic tree quantization, Dettmers et al. 2022, 1.3).
-    """
-    code = [0.0, 1.0]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float64)
-        values = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)).tolist()
-        code += values + [-v for v in values] * signed
-    return torch.tensor(sorted(code), dtype=torch.float32)
 
 
 class AdamW8bit(torch.optim.Optimizer):

@@ -13,7 +13,11 @@ activations: LLM.int8() (Dettmers et al. 2022), SmoothQuant, fp8. While training
     python quantize.py --show 3.14159                               # one number in every format, bit by bit
     python quantize.py --bench gpt2                                 # int8 and int4 against float, tokens/s
 """
+import contextlib
+import functools
+import importlib.util
 import math
+import re
 from typing import NamedTuple
 
 import torch
@@ -258,6 +262,122 @@ def fp8(w, bits=8, group=0):
 
 
 # -----------------------------------------------------------------------------
+# Methods that know what passes through the layer: x (n, K), as statistics that observe() gathers
+
+
+def gptq(w, bits, group, hessian, act_order=False, damp=0.01, block=128, grid="zeropoint"):
+    """
+    GPTQ: columns are rounded one after the other, and those still to come take up the error,
+
+        e_i = (w_i - ŵ_i) / U_ii,    w_j ← w_j - e_i U_ij  (j > i),    H = 2 X Xᵀ / n,    H⁻¹ = Uᵀ U,
+
+    which minimizes ‖(W - Ŵ) X‖² greedily (Frantar et al. 2022, alg. 1). hessian (K, K) is H, up to a factor; damp: share
+    of its mean diagonal that is added to it. A group's scale and zero are chosen when its first column is reached, from
+    weights as they are then; a block of columns passes its errors on at once. act_order: columns with a large H_ii
+    first, and every group's scale and zero before the start.
+    """
+    w, h, K = w.clone(), hessian.double(), w.shape[1]
+    dead = h.diagonal() == 0  # inputs that are always 0
+    h = h + torch.diag(dead.double())
+    w[:, dead] = 0
+    size = K if group <= 0 else group
+    groups = grouped(w, group)
+    scale, zero = (torch.as_tensor(t).to(w).expand(*groups.shape[:2], 1)[..., 0].expand(len(w), -1).clone()
+                   for t in fit(groups, bits, grid, group <= 0))  # (N, K / group)
+    order = h.diagonal().argsort(descending=True) if act_order else torch.arange(K, device=w.device)
+    w, h, codes = w[:, order], h[order][:, order], torch.empty_like(w)
+    h = h + damp * h.diagonal().mean() * torch.eye(K, dtype=h.dtype, device=w.device)
+    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).to(w)
+    block = size if size > block and group > 0 else max(1, block // size) * size if size < block else block
+    place = (order // size).tolist()
+    for start in range(0, K, block):
+        end = min(start + block, K)
+        errors = torch.empty(len(w), end - start, dtype=w.dtype, device=w.device)
+        for i in range(start, end):
+            g = place[i]
+            if not act_order and group > 0 and i % size == 0:
+                s, z = fit(w[:, i:i + size], bits, grid, False)
+                scale[:, g], zero[:, g] = s[:, 0], z[:, 0] if torch.is_tensor(z) else z
+            codes[:, i] = encode(w[:, i], scale[:, g], zero[:, g], bits)
+            e = (w[:, i] - (codes[:, i] - zero[:, g]) * scale[:, g]) / u[i, i]
+            w[:, i + 1:end] -= e[:, None] * u[i, i + 1:end]
+            errors[:, i - start] = e
+        w[:, end:] -= errors @ u[start:end, end:]
+    stored = zero if grid in ("zeropoint", "hqq") else 2.0 ** (bits - 1)
+    return even("gptq", bits, group, w.shape, codes[:, order.argsort()], scale, stored)
+
+
+def awq(w, bits, group, hessian, mean_abs, steps=20):
+    """
+    AWQ: weights that meet large inputs deserve small errors, so W diag(s) is rounded and x / s multiplied, with
+    s = mean|x|^a, a the best of 0, 0.05 … 0.95 (Lin et al. 2023, eq. 4-5). Then each group's range is cut to 100, 95 …
+    50 %, whichever is best. Best: the smallest ‖(W - Ŵ) X‖² = tr((W - Ŵ) H (W - Ŵ)ᵀ), of the group for the cut.
+    """
+    def loss(d, h):
+        return (d @ h * d).sum()
+
+    def rounded(groups, cut=1.0):
+        scale, zero = fit(groups * cut, bits, "zeropoint", group <= 0)
+        return encode(groups, scale, zero, bits), scale, zero
+
+    best = math.inf
+    for i in range(steps):
+        s = mean_abs.clamp(min=1e-8).pow(i / steps).clamp(min=1e-4)
+        s = s / (s.max() * s.min()).sqrt()
+        codes, scale, zero = rounded(grouped(w * s, group))
+        error = loss(((codes - zero) * scale).view_as(w) / s - w, hessian).item()
+        if error < best:
+            best, chosen = error, s
+    groups = grouped(w * chosen, group)
+    h = (hessian / chosen / chosen[:, None]).to(w)
+    size = groups.shape[-1]
+    inner = torch.stack([h[i:i + size, i:i + size] for i in range(0, len(h), size)]) if group >= 0 else None
+    least = None
+    for i in range(11 if group >= 0 else 1):  # a matrix with one scale is not cut
+        codes, scale, zero = rounded(groups, 1 - 0.05 * i)
+        d = (codes - zero) * scale - groups
+        error = 0 * scale if inner is None else (torch.einsum("ngi,gij->ngj", d, inner) * d).sum(-1, keepdim=True)
+        if least is None:
+            least, kept = error, [codes, scale, zero]
+        better = error < least
+        kept = [torch.where(better, new, old) for new, old in zip((codes, scale, zero), kept)]
+        least = torch.where(better, error, least)
+    codes, scale, zero = kept
+    return even("awq", bits, group, w.shape, codes, scale[..., 0], zero[..., 0], in_scale=(1 / chosen).float())
+
+
+def smoothquant(w, bits, group, max_abs, alpha=0.5):
+    """
+    Weights and activations in 8 bits, rows of both with a scale of their own. Before, s = max|x|^α / max|w|^(1-α)
+    moves a part of the inputs' outliers into the weights: x / s, W diag(s) (Xiao et al. 2022, eq. 4).
+    """
+    eight_bit_rows("smoothquant", bits, group)
+    s = max_abs.clamp(min=1e-5).pow(alpha) / w.abs().amax(0).clamp(min=1e-5).pow(1 - alpha)
+    q = nearest("absmax", w * s, 8, 0)
+    return q._replace(method="smoothquant", parts={**q.parts, "in_scale": (1 / s).float()})
+
+
+def llm_int8(w, bits=8, group=0):
+    """LLM.int8()'s weights: absmax of each row; what is special about it happens to x, see int8_product."""
+    eight_bit_rows("llm_int8", bits, group)
+    return nearest("absmax", w, 8, 0)._replace(method="llm_int8")
+
+
+def eight_bit_rows(method, bits, group):
+    if bits != 8 or group:
+        raise BadInput(f"--method {method} has 8 bits and a scale for each row, not --bits {bits} --group {group}: "
+                       f"give --bits 8 --group 0")
+
+
+def compensate(W, q, rank):
+    """Adds the best rank-r approximation of the error, W - Ŵ ≈ up · down (ZeroQuant-V2's LoRC, Yao et al. 2023)."""
+    u, s, v = torch.linalg.svd(W.float() - dequantize(q), full_matrices=False)
+    root = s[:rank].sqrt()
+    parts = {"up": (u[:, :rank] * root).bfloat16(), "down": (root[:, None] * v[:rank]).bfloat16()}
+    return q._replace(parts={**q.parts, **parts})
+
+
+# -----------------------------------------------------------------------------
 # The two functions that everything else calls
 
 
@@ -266,7 +386,12 @@ METHODS = {  # (W (N, K) float32, bits, group, calibration by name) -> QTensor
     "nf4": lambda w, bits, group, double=True: codebook("nf4", w, bits, group or 64, double),
     "fp4": lambda w, bits, group, double=True: codebook("fp4", w, bits, group or 64, double),
     "fp8": fp8,
+    "gptq": gptq,            # hessian
+    "awq": awq,              # hessian, mean_abs
+    "smoothquant": smoothquant,  # max_abs
+    "llm_int8": llm_int8,
 }
+NEEDS = {"gptq": ("hessian",), "awq": ("hessian", "mean_abs"), "smoothquant": ("max_abs",)}
 
 
 def quantize(W, method, bits=4, group=0, **calibration):
@@ -299,7 +424,7 @@ def dequantize(q, dtype=torch.float32):
 
 def scaled(q):
     """(q - z) s: what multiplies the scaled input, without the low-rank part; float32 (N, K)."""
-    codes, group = q.parts["codes"], q.group
+    codes = q.parts["codes"]
     if q.method == "fp8":
         return codes.float() * q.parts["scale"]
     scale = single_scale(q.parts) if "scale8" in q.parts else q.parts["scale"].float()
@@ -313,6 +438,125 @@ def scaled(q):
         values = unpack(codes, q.bits, q.shape[1]).float().view(*scale.shape, -1)
         values = values - (q.parts["zero"].float()[..., None] if "zero" in q.parts else 2 ** (q.bits - 1))
     return (values.view(*scale.shape, -1) * scale[..., None]).view(q.shape)
+
+
+# -----------------------------------------------------------------------------
+# Products that read the codes: for the few rows of a decoding step, where time is the bytes that are read
+
+
+def int8_kernel(q):
+    """8 bits, symmetric, a scale a row: a function of x (M, K) on this device, or None."""
+    codes, scale = q.parts["codes"], q.parts["scale"][:, 0]
+    if codes.device.type == "cpu":  # fast with bfloat16 alone: other dtypes take a scalar loop
+        scale = scale.bfloat16()
+        return lambda x: torch._weight_int8pack_mm(x.bfloat16(), codes, scale).to(x.dtype)
+    if codes.device.type == "cuda" and importlib.util.find_spec("triton"):
+        one = compiled_row()
+        return lambda x: one(x, codes, scale) if len(x) == 1 else F.linear(x, codes.to(x.dtype)) * scale.to(x.dtype)
+
+
+def int8_row(x, codes, scale):
+    """One row x (1, K): compiled, the cast, product and sum are a single pass over the codes (N, K)."""
+    return ((codes.float() * x.float()).sum(-1) * scale)[None].to(x.dtype)
+
+
+@functools.cache
+def compiled_row():
+    return torch.compile(int8_row, dynamic=False)
+
+
+def int4_kernel(q):
+    """
+    Up to 4 bits on an even grid. torch's kernels hold w = (q - 8) s + m: scale and m (K / g, N, 2) in bfloat16, g one of
+    32 … 256; the order of the codes is the processor's own, so it is made here and never saved.
+    """
+    (N, K), device = q.shape, q.parts["codes"].device
+    group = next((g for g in (256, 128, 64, 32) if (q.group or K) % g == 0 and K % g == 0), 0)
+    if not group or q.group < 0:
+        return None
+    scale = q.parts["scale"].float()
+    m = (8 - (q.parts["zero"].float() if "zero" in q.parts else 2 ** (q.bits - 1))) * scale
+    scale_m = torch.stack((scale, m), -1).repeat_interleave(K // group // scale.shape[1], 1)
+    scale_m = scale_m.transpose(0, 1).bfloat16().contiguous()
+    if device.type == "cpu" and N % 16 == 0:
+        packed = torch._convert_weight_to_int4pack_for_cpu(unpack(q.parts["codes"], q.bits, K).int(), 1)
+        product = torch._weight_int4pack_mm_for_cpu
+    elif device.type == "cuda" and N % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0):
+        tiles = next(t for t in (8, 4, 2) if K % (16 * t) == 0)
+        packed = torch._convert_weight_to_int4pack(pack(unpack(q.parts["codes"], q.bits, K), 4), tiles)
+        product = torch._weight_int4pack_mm
+    else:
+        return None
+    return lambda x: product(x.bfloat16(), packed, group, scale_m).to(x.dtype)
+
+
+def kernel_of(q):
+    """A function of x (M, K) that reads the codes themselves, or None."""
+    even, kernel = q.method in GRIDS or q.method in ("gptq", "awq"), None
+    if even and q.bits == 8 and q.group == 0 and "zero" not in q.parts:
+        kernel = int8_kernel(q)
+    elif even and q.bits <= 4:
+        kernel = int4_kernel(q)
+    if kernel is None or not q.parts.keys() & {"in_scale", "up"}:
+        return kernel
+    in_scale = q.parts.get("in_scale", torch.ones((), device=q.parts["codes"].device))
+    return lambda x: kernel(x * in_scale.to(x.dtype)) + low_rank(x, q.parts)
+
+
+def low_rank(x, parts):
+    return x @ parts["down"].to(x.dtype).T @ parts["up"].to(x.dtype).T if "up" in parts else 0
+
+
+# -----------------------------------------------------------------------------
+# Products with activations in 8 bits
+
+
+def int_mm(a, b):
+    """a (M, K) int8, b (N, K) int8 -> a bᵀ (M, N), float32."""
+    M, (N, K) = len(a), b.shape
+    if a.is_cuda and K % 8 == N % 8 == 0:
+        return torch._int_mm(F.pad(a, (0, 0, 0, max(0, 32 - M))), b.T)[:M].float()
+    if a.device.type == "cpu" and torch.cpu._is_vnni_supported():
+        return torch._int_mm(a, b.T).float()
+    return a.float() @ b.float().T  # exact below 2^24; faster than _int_mm where there is no instruction for it
+
+
+OUTLIER = 6.0
+
+
+def int8_product(x, parts, threshold=OUTLIER):
+    """
+    LLM.int8() (Dettmers et al. 2022): columns of x (M, K) that hold an |x| of 6 or more are multiplied in x's dtype with
+    the dequantized weights, the others as int8, with absmax of each row of x and of W.
+    """
+    codes, scale = parts["codes"], parts["scale"]
+    large = x.abs() >= threshold
+    columns = large.any(0)
+    rows = nonzero(x.masked_fill(large, 0).abs().amax(1, keepdim=True).float()) / 127
+    x8 = (x / rows).round().masked_fill(columns, 0).to(torch.int8)
+    y = int_mm(x8, codes) * rows * scale[:, 0]
+    if threshold < math.inf and columns.any():
+        o = columns.nonzero()[:, 0]
+        y = y + (x[:, o] @ (codes[:, o] * scale).to(x.dtype).T).float()
+    return y.to(x.dtype)
+
+
+def fp8_product(x, parts):
+    """x and W in e4m3, a scale for each row of x and for each row of W or for all of it."""
+    codes, scale = parts["codes"], parts["scale"]
+    x8, rows = to_fp8(x, x.abs().amax(1, keepdim=True))
+    fast = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
+    if fast and codes.shape[0] % 16 == codes.shape[1] % 16 == 0:
+        columns = scale.T.expand(1, len(codes)).contiguous()
+        return torch._scaled_mm(x8, codes.T, rows, columns, out_dtype=torch.bfloat16).to(x.dtype)
+    return F.linear(x8.float() * rows, codes.float() * scale).to(x.dtype)
+
+
+WITH_ACTIVATIONS = {
+    "llm_int8": int8_product,
+    "smoothquant": lambda x, parts: int8_product(x, parts, math.inf),
+    "fp8": fp8_product,
+}
 
 
 # -----------------------------------------------------------------------------
@@ -332,6 +576,9 @@ class FrozenProduct(torch.autograd.Function):
         return grad @ dequantize(ctx.linear.q, grad.dtype), None
 
 
+FEW = 8  # rows up to which a kernel beats a dequantized matrix
+
+
 class QuantLinear(nn.Module):
     """y = x Ŵᵀ + b over a QTensor, whose parts are buffers; the gradient passes to x (QLoRA), never to Ŵ."""
 
@@ -343,6 +590,7 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, t)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.out_features, self.in_features = self.shape
+        self.kernel = None  # made at the first product
 
     @property
     def q(self):
@@ -358,7 +606,210 @@ class QuantLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def product(self, x):
+        """x Ŵᵀ: few rows by a kernel that reads the codes, many by the dequantized matrix, in x's dtype."""
+        if self.kernel is None:
+            self.kernel = kernel_of(self.q) or False
+        if self.kernel and x.numel() <= FEW * self.in_features:
+            return self.kernel(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
+        if self.method in WITH_ACTIVATIONS:
+            flat, parts = x.reshape(-1, self.in_features), self.q.parts
+            scaled_x = flat * parts["in_scale"].to(x.dtype) if "in_scale" in parts else flat
+            y = WITH_ACTIVATIONS[self.method](scaled_x, parts) + low_rank(flat, parts)
+            return y.view(*x.shape[:-1], -1)
         return F.linear(x, dequantize(self.q, x.dtype))
+
+    def _apply(self, move, recurse=True):
+        """To another device, never to another dtype; the kernel's own copy of the codes is made again."""
+        def keep(t):
+            moved = move(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+        self.kernel = None
+        return super()._apply(keep, recurse)
 
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features}, {self.method}, bits={self.bits}, group={self.group}"
+
+
+class QuantEmbedding(QuantLinear):
+    """An embedding table over a QTensor; product(x) is that of a head that shares it."""
+
+    def forward(self, ids):
+        rows = {name: getattr(self, name)[ids.flatten()] for name in self.names}
+        q = QTensor(self.method, self.bits, self.group, (ids.numel(), self.in_features), rows)
+        return dequantize(q).view(*ids.shape, -1)
+
+
+# -----------------------------------------------------------------------------
+# Quantization-aware training
+
+
+def fake_quantize(w, bits, group=0):
+    """ŵ of round to nearest, with the gradient of w: rounding counts as the identity (Bengio et al. 2013)."""
+    with torch.no_grad():
+        error = dequantize(nearest("zeropoint", w.float(), bits, group)).to(w.dtype) - w
+    return w + error
+
+
+class QATLinear(nn.Linear):
+    """A Linear that always multiplies by its rounded weights; the weights that the optimizer sees stay as they are."""
+
+    def __init__(self, linear, bits, group):
+        nn.Module.__init__(self)
+        self.weight, self.bias, self.bits, self.group = linear.weight, linear.bias, bits, group
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x):
+        weight = fake_quantize(self.weight, self.bits, self.group)
+        return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def use_qat(model, flag):
+    """Train with the rounding in place, in every Linear of the blocks. flag: qatBITS or qatBITS:GROUP, as in qat4:128."""
+    match = re.fullmatch(r"qat([2-8])(?::(\d+))?", flag)
+    if not match:
+        raise BadInput(f"--quantize {flag} is unknown: give qat2 to qat8, with a group after a colon, as in qat4:128")
+    bits, group = int(match[1]), int(match[2] or 128)
+    for name, linear in linears(model).items():
+        if group and linear.in_features % group:
+            raise BadInput(f"--quantize {flag}: groups of {group} do not divide the {linear.in_features} inputs of "
+                           f"{name}: give another after a colon, as in qat{bits}:32, or :0 for rows")
+        model.set_submodule(name, QATLinear(linear, bits, group))
+
+
+# -----------------------------------------------------------------------------
+# A model, layer by layer
+
+
+def linears(model):
+    """name -> Linear of the blocks; an expert's or adapter's included."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith("blocks.")}
+
+
+class Enough(Exception):
+    pass
+
+
+def stages(model, idx):
+    """Names of the blocks' Linears in the order of their calls; those that read the same tensor stand together."""
+    order, last, hooks = [], None, []
+
+    def saw(name):
+        def hook(module, inputs):
+            nonlocal last
+            if not any(name in stage for stage in order):
+                order.append([]) if inputs[0] is not last else None
+                order[-1].append(name)
+            last = inputs[0]
+        return hook
+    for name, m in linears(model).items():
+        hooks.append(m.register_forward_pre_hook(saw(name)))
+    model.trunk(idx)
+    for hook in hooks:
+        hook.remove()
+    return order
+
+
+def observe(model, name, batches):
+    """
+    What the Linear `name` reads while the model runs the ids of `batches`: hessian 2 X Xᵀ / n (K, K), mean_abs and
+    max_abs (K,), and outliers, the share of |x| ≥ 6.
+    """
+    module, n = model.get_submodule(name), 0
+    K, device = module.in_features, model.device
+    hessian, total, largest = (torch.zeros(shape, device=device) for shape in ((K, K), K, K))
+    outliers = torch.zeros((), device=device)
+
+    def hook(module, inputs):
+        nonlocal n
+        x = inputs[0].detach().reshape(-1, K).float()
+        hessian.addmm_(x.T, x, alpha=2)
+        total.add_(x.abs().sum(0))
+        torch.maximum(largest, x.abs().amax(0), out=largest)
+        outliers.add_((x.abs() >= OUTLIER).sum())
+        n += len(x)
+        if model.config.share == 1:  # nothing after it matters
+            raise Enough
+    handle = module.register_forward_pre_hook(hook)
+    for idx in batches:
+        with contextlib.suppress(Enough):
+            model.trunk(idx)
+    handle.remove()
+    return {"hessian": hessian / n, "mean_abs": total / n, "max_abs": largest, "outliers": outliers / (n * K)}
+
+
+@torch.no_grad()
+def quantize_model(model, method, bits, group, batches=(), embeddings=0, rank=0, **options):
+    """
+    Replace the blocks' Linears by QuantLinears, in place and in the order of their calls: what calibrates a layer has
+    passed through the layers before it as they are now (GPTQ's true sequential). batches: tensors of ids (B, T).
+    embeddings: bits of wte and head, round to nearest, rows; 0: left alone. rank: see compensate.
+    """
+    model.eval()
+    order = stages(model, batches[0]) if method in NEEDS else [[name] for name in linears(model)]
+    for names in order:
+        seen = observe(model, names[0], batches) if method in NEEDS else {}
+        for name in names:
+            linear = model.get_submodule(name)
+            try:
+                q = quantize(linear.weight, method, bits, group, **options, **{k: seen[k] for k in NEEDS.get(method, ())})
+            except BadInput as error:
+                raise BadInput(f"{name}: {error}") from None
+            q = compensate(linear.weight, q, rank) if rank else q
+            model.set_submodule(name, QuantLinear(q, linear.bias))
+    for name, kind in (("wte", QuantEmbedding), ("head", QuantLinear)) if embeddings else ():
+        module = getattr(model, name)
+        if module is not None:
+            how = ("symmetric", 8, 0) if embeddings == 8 else ("hqq", embeddings, group)
+            setattr(model, name, kind(quantize(module.weight, *how)))
+    return model
+
+
+# -----------------------------------------------------------------------------
+# The file: model.safetensors holds the parts as buffers, run.json says under "quantize" what they are
+
+
+def describe(model):
+    """name -> {method, bits, group, parts} of every quantized module: what install needs to know."""
+    return {name: {"method": m.method, "bits": m.bits, "group": m.group, "parts": m.names}
+            for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def layout(method, bits, group, shape, rank=0):
+    """name -> (shape, dtype) of each part that a QTensor of this kind can have."""
+    N, K = shape
+    scales = (1, 1) if group < 0 else (N, K // (group or K))
+    count = math.prod(scales)
+    coarse = torch.float32 if group <= 0 or method in LEVELS or method == "fp8" else torch.bfloat16
+    codes = torch.float8_e4m3fn if method == "fp8" else torch.int8 if bits == 8 else torch.uint8
+    return {"codes": ((N, K if bits == 8 else math.ceil(K * bits / 8)), codes), "scale": (scales, coarse),
+            "zero": (scales, torch.float16), "in_scale": ((K,), torch.float32),
+            "scale8": (scales, torch.uint8), "scale8_max": ((math.ceil(count / 256),), torch.float32),
+            "scale8_mean": ((1,), torch.float32),
+            "up": ((N, rank), torch.bfloat16), "down": ((rank, K), torch.bfloat16)}
+
+
+def install(model, described, tensors, source):
+    """
+    Put QuantLinears where `described` says, on the meta device, and return the names of their tensors: model.build_model
+    then checks every shape against the file. Raises BadInput where the file is of another model.
+    """
+    kept = set()
+    try:
+        for name, d in described.items():
+            old = model.get_submodule(name)
+            shape = tuple(old.weight.shape)
+            rank = tensors[f"{name}.up"].shape[1] if "up" in d["parts"] else 0
+            places = layout(d["method"], d["bits"], d["group"], shape, rank)
+            parts = {part: torch.empty(places[part][0], dtype=places[part][1], device="meta") for part in d["parts"]}
+            for part, t in parts.items():
+                kept.add(f"{name}.{part}")
+                there = tensors.get(f"{name}.{part}", t)
+                if there.dtype != t.dtype:
+                    raise BadInput(f"{source} has {name}.{part} in {there.dtype}, but {t.dtype} is due: quantize again")
+            kind = QuantEmbedding if isinstance(old, nn.Embedding) else QuantLinear
+            q = QTensor(d["method"], d["bits"], d["group"], shape, parts)
+            model.set_submodule(name, kind(q, getattr(old, "bias", None)))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise BadInput(f"{source}/run.json says of {name} what its model or file does not hold ({error}): "
+                       f"quantize again") from None
+    return kept

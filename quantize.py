@@ -13,18 +13,31 @@ activations: LLM.int8() (Dettmers et al. 2022), SmoothQuant, fp8. While training
     python quantize.py --show 3.14159                               # one number in every format, bit by bit
     python quantize.py --bench gpt2                                 # int8 and int4 against float, tokens/s
 """
+import argparse
 import contextlib
+import copy
+import csv
 import functools
 import importlib.util
+import json
 import math
+import os
 import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from bpe import BadInput
+from bpe import BadInput, Tokenizer, cli, read_json, replace_file
 
 # -----------------------------------------------------------------------------
 # Codes and where they lie: what quantize returns, what the file holds
@@ -271,8 +284,8 @@ def gptq(w, bits, group, hessian, act_order=False, damp=0.01, block=128, grid="z
 
         e_i = (w_i - ŵ_i) / U_ii,    w_j ← w_j - e_i U_ij  (j > i),    H = 2 X Xᵀ / n,    H⁻¹ = Uᵀ U,
 
-    which minimizes ‖(W - Ŵ) X‖² greedily (Frantar et al. 2022, alg. 1). hessian (K, K) is H, up to a factor; damp: share
-    of its mean diagonal that is added to it. A group's scale and zero are chosen when its first column is reached, from
+    which minimizes ‖(W - Ŵ) X‖² greedily (Frantar et al. 2022, alg. 1). hessian (K, K) is H, up to a factor; damp:
+    share of its mean diagonal that is added to it. A group's scale and zero are chosen when its first column is reached, from
     weights as they are then; a block of columns passes its errors on at once. act_order: columns with a large H_ii
     first, and every group's scale and zero before the start.
     """
@@ -467,8 +480,8 @@ def compiled_row():
 
 def int4_kernel(q):
     """
-    Up to 4 bits on an even grid. torch's kernels hold w = (q - 8) s + m: scale and m (K / g, N, 2) in bfloat16, g one of
-    32 … 256; the order of the codes is the processor's own, so it is made here and never saved.
+    Up to 4 bits on an even grid. torch's kernels hold w = (q - 8) s + m: scale and m (K / g, N, 2) in bfloat16, g one
+    of 32 … 256; the order of the codes is the processor's own, so it is made here and never saved.
     """
     (N, K), device = q.shape, q.parts["codes"].device
     group = next((g for g in (256, 128, 64, 32) if (q.group or K) % g == 0 and K % g == 0), 0)
@@ -526,8 +539,8 @@ OUTLIER = 6.0
 
 def int8_product(x, parts, threshold=OUTLIER):
     """
-    LLM.int8() (Dettmers et al. 2022): columns of x (M, K) that hold an |x| of 6 or more are multiplied in x's dtype with
-    the dequantized weights, the others as int8, with absmax of each row of x and of W.
+    LLM.int8() (Dettmers et al. 2022): columns of x (M, K) that hold an |x| of 6 or more are multiplied in x's dtype
+    with the dequantized weights, the others as int8, with absmax of each row of x and of W.
     """
     codes, scale = parts["codes"], parts["scale"]
     large = x.abs() >= threshold
@@ -664,7 +677,7 @@ class QATLinear(nn.Linear):
 
 
 def use_qat(model, flag):
-    """Train with the rounding in place, in every Linear of the blocks. flag: qatBITS or qatBITS:GROUP, as in qat4:128."""
+    """Train with the rounding in place, in every Linear of the blocks. flag: qatBITS or qatBITS:GROUP: qat4:128."""
     match = re.fullmatch(r"qat([2-8])(?::(\d+))?", flag)
     if not match:
         raise BadInput(f"--quantize {flag} is unknown: give qat2 to qat8, with a group after a colon, as in qat4:128")
@@ -751,9 +764,13 @@ def quantize_model(model, method, bits, group, batches=(), embeddings=0, rank=0,
         for name in names:
             linear = model.get_submodule(name)
             try:
-                q = quantize(linear.weight, method, bits, group, **options, **{k: seen[k] for k in NEEDS.get(method, ())})
+                known = {k: seen[k] for k in NEEDS.get(method, ())}
+                q = quantize(linear.weight, method, bits, group, **options, **known)
             except BadInput as error:
                 raise BadInput(f"{name}: {error}") from None
+            except torch.linalg.LinAlgError:
+                raise BadInput(f"{name}: the Hessian of its inputs cannot be inverted: give more --calibration_tokens") \
+                    from None
             q = compensate(linear.weight, q, rank) if rank else q
             model.set_submodule(name, QuantLinear(q, linear.bias))
     for name, kind in (("wte", QuantEmbedding), ("head", QuantLinear)) if embeddings else ():
@@ -790,8 +807,8 @@ def layout(method, bits, group, shape, rank=0):
 
 def install(model, described, tensors, source):
     """
-    Put QuantLinears where `described` says, on the meta device, and return the names of their tensors: model.build_model
-    then checks every shape against the file. Raises BadInput where the file is of another model.
+    Put QuantLinears where `described` says, on the meta device, and return the names of their tensors;
+    model.build_model then checks every shape against the file. Raises BadInput where the file is of another model.
     """
     kept = set()
     try:
@@ -813,3 +830,454 @@ def install(model, described, tensors, source):
         raise BadInput(f"{source}/run.json says of {name} what its model or file does not hold ({error}): "
                        f"quantize again") from None
     return kept
+
+
+# -----------------------------------------------------------------------------
+# Data: what calibrates, and what perplexity is measured on
+
+
+def read_ids(init, run, tokenizer, args):
+    """
+    {"train": [(name, ids)], "val": …}: the text files given by --calibration and --text, else the token files that the
+    run was trained beside, each with its share of the tokens wanted, else this Python's own source.
+    """
+    import data
+    from data import stdlib
+    from data import text as text_files
+    from evaluate import corpora
+    start, found = [] if tokenizer.eot is None else [tokenizer.eot], corpora(types.SimpleNamespace(run=run))
+    ids = {}
+    for split, path, want in (("train", args.calibration, 32 * args.calibration_tokens),
+                              ("val", args.text, args.eval_tokens)):
+        if path is None and found:
+            limit = {name: max(2, round(want * weight)) + 1 for name, (weight, _) in found.items()}
+            ids[split] = [(name, np.asarray(data.open_tokens(folder / f"{split}.bin")[:limit[name]]).astype(np.int64))
+                          for name, (_, folder) in found.items()]
+            continue
+        row, files = [], [Path(path)] if path else list(stdlib.files(split))
+        for piece, starts in (p for file in files for p in text_files.read(file)):
+            row += (start if starts else []) + list(tokenizer.encode(text_files.clean(piece)))
+            if len(row) > want:
+                break
+        ids[split] = [(Path(path).name if path else "stdlib", np.array(row[:want + 1], dtype=np.int64))]
+    return ids
+
+
+def calibration_batches(texts, T, tokens, seed, device, rows=8):
+    """Random windows of T tokens, so many of each text as its length's share: a list of (rows, T)."""
+    rng, windows = np.random.default_rng(seed), []
+    total = sum(len(ids) for _, ids in texts)
+    for name, ids in texts:
+        if len(ids) < T:
+            raise BadInput(f"the calibration text {name} has {len(ids)} tokens, less than one window of {T}: give "
+                           f"--calibration FILE with more text")
+        for start in rng.integers(0, len(ids) - T + 1, max(1, round(tokens / T * len(ids) / total))):
+            windows.append(ids[start:start + T])
+    return [b.to(device) for b in torch.from_numpy(np.stack(windows)).split(rows)]
+
+
+def perplexity(model, texts, window, stride):
+    """exp(nats / tokens) over all texts; every token but the first of a text is predicted once."""
+    import evaluate
+    nats, count = 0.0, 0
+    for name, ids in texts:
+        if len(ids) < 2:
+            raise BadInput(f"the text {name} holds no token to predict: give --text FILE with more text")
+        nats += math.log(evaluate.perplexity(model, ids, window, stride)) * (len(ids) - 1)
+        count += len(ids) - 1
+    return math.exp(nats / count)
+
+
+# -----------------------------------------------------------------------------
+# One run into few bits, and back to measure it
+
+
+def load_float(init, device):
+    """(model in float32, the contents of run.json, tokenizer) of a run that is not quantized."""
+    from model import GPT
+    path = Path(init) / "run.json"
+    run = read_json(path) if path.exists() else {}
+    if run.get("quantize"):
+        raise BadInput(f"--init {init} is quantized already: give the run that it was made from, {run['args']['init']}")
+    return GPT.from_pretrained(init, device, torch.float32).eval(), run, Tokenizer.from_pretrained(init)
+
+
+def write(out, model, run, tokenizer, args, metrics, dtype=torch.bfloat16):
+    """The run directory: what is quantized as its parts, the rest in dtype. Returns the bytes of its weights."""
+    from model import save_run
+    described = describe(model)
+    parts = {f"{name}.{part}" for name, d in described.items() for part in d["parts"]}
+    weights = {name: t if name in parts else t.to(dtype) for name, t in model.state_dict().items()}
+    save_run(out, model, {
+        "stage": "quantize", "step": run.get("step", 0), "metrics": metrics, "quantize": described,
+        "args": {**run.get("args", {}), **vars(args)}, "tokenizer": run.get("tokenizer") or tokenizer.spec()}, weights)
+    tokenizer.save(out)
+    return os.path.getsize(Path(out) / "model.safetensors")
+
+
+def step_seconds(model, steps, context=16):
+    """Seconds a decoding step takes, batch 1, greedy, after a prompt of `context` tokens."""
+    tokens = model.stream([list(range(1, context + 1))], steps + 1, temperature=0.0)
+    for warm in range(2):  # the prompt; the first step packs weights or records a graph
+        next(tokens)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for token, _ in tokens:
+        pass
+    token.tolist()  # waits for the device
+    return (time.perf_counter() - start) / (steps - 1)
+
+
+def measure(args):
+    """
+    tokens/s and peak memory of a run, in a process of its own: main memory beyond what Python and torch took before,
+    or a GPU's allocations.
+    """
+    from model import GPT, peak_memory, setup_process
+    device = setup_process(args.device).device
+    before = peak_memory(device)
+    dtype = getattr(torch, args.dtype) if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else \
+        torch.float32
+    model = GPT.from_pretrained(args.measure, device, dtype).eval()
+    seconds = min(step_seconds(model, min(64, model.config.block_size // 2)) for _ in range(3))
+    print(json.dumps({"tokens_per_s": round(1 / seconds, 1), "peak_memory": peak_memory(device) - before}))
+
+
+# -----------------------------------------------------------------------------
+# The table
+
+
+ROWS = ("float32", "bfloat16", "symmetric:8:0", "zeropoint:8:0", "llm_int8", "smoothquant", "fp8", "fp4", "nf4",
+        "absmax:4", "zeropoint:4", "hqq:4", "awq:4", "gptq:4", "zeropoint:3", "hqq:3", "awq:3", "gptq:3", "gptq:2")
+OWN = {"llm_int8": (8, 0), "smoothquant": (8, 0), "fp8": (8, 0), "nf4": (4, 64), "fp4": (4, 64)}  # bits, group
+
+
+def parse_row(text, args):
+    """'gptq:3:64' -> (gptq, 3, 64); what is left out is the method's own, or --bits and --group."""
+    method, *numbers = text.split(":")
+    bits, group = OWN.get(method, (4, 128))
+    bits, group = args.bits or bits, group if args.group is None else args.group
+    try:
+        bits, group, *more = [*map(int, numbers), *(bits, group)[len(numbers):]]
+    except ValueError:
+        more = True
+    if more:
+        raise BadInput(f"--rows {text}: give method, method:bits or method:bits:group, as in gptq:4:128")
+    return method, bits, group
+
+
+def table_row(text, init, args, device):
+    """One line of the table: the run in this form, written to a file, and measured as what is read from it."""
+    from model import GPT
+    model, run, tokenizer = load_float(init, device)
+    ids = read_ids(init, run, tokenizer, args)
+    row, start = {"init": str(init), "row": text}, time.perf_counter()
+    if text in ("float32", "bfloat16"):
+        row |= {"method": text, "bits": 32 if text == "float32" else 16, "group": ""}
+        dtype = getattr(torch, text)
+    else:
+        method, bits, group = parse_row(text, args)
+        row |= {"method": method, "bits": bits, "group": group}
+        T = args.window or model.config.block_size
+        batches = calibration_batches(ids["train"], T, args.calibration_tokens, args.seed, device)
+        options = {"act_order": True} if args.act_order and method == "gptq" else {}
+        quantize_model(model, method, bits, group, batches, args.embeddings, args.rank, **options)
+        dtype = torch.float32
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        size = write(folder, model, run, tokenizer, args, {}, torch.float32 if text == "float32" else torch.bfloat16)
+        model = GPT.from_pretrained(folder, device, dtype).eval()
+        row |= {"megabytes": round(size / 1e6, 3),
+                "perplexity": perplexity(model, ids["val"], args.window, args.stride)}
+        del model
+        command = [sys.executable, __file__, "--measure", folder, "--device", str(device)]
+        command += ["--dtype", text] if text in ("float32", "bfloat16") else []
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise BadInput(f"--table {text}: measuring its speed failed: {done.stderr.strip().splitlines()[-1]}")
+    return row | json.loads(done.stdout.splitlines()[-1])
+
+
+def spread(values):
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def table(inits, args, device):
+    """Every row for every run; prints means over the runs, writes a line a row and run as CSV, and the plot."""
+    rows = []
+    print(f"{'method':12} {'bits':>4} {'group':>5} {'MB':>9} {'of bf16':>8} {'perplexity':>11} {'of float32':>17} "
+          f"{'tokens/s':>9} {'of bf16':>8} {'peak MB':>8}")
+    for text in args.rows:
+        new = [table_row(text, init, args, device) for init in inits]
+        rows += new
+        mean = {key: statistics.mean(r[key] for r in new) for key in
+                ("megabytes", "perplexity", "tokens_per_s", "peak_memory")}
+        base = {name: [r for r in rows if r["method"] == name] for name in ("float32", "bfloat16")}
+        for r, whole in zip(new, base["float32"]):
+            r["increase"] = r["perplexity"] / whole["perplexity"] - 1
+        more = [100 * r["increase"] for r in new if "increase" in r]
+        cost = f"{statistics.mean(more):+.2f} % ± {spread(more):.2f}" if more else "-"
+        half = base["bfloat16"]
+        share = {key: f"{mean[key] / statistics.mean(r[key] for r in half):.3g}" if half else "-"
+                 for key in ("megabytes", "tokens_per_s")}
+        print(f"{new[0]['method']:12} {new[0]['bits']:4} {new[0]['group']:5} {mean['megabytes']:9.2f} "
+              f"{share['megabytes']:>8} {mean['perplexity']:11.3f} {cost:>17} {mean['tokens_per_s']:9.1f} "
+              f"{share['tokens_per_s']:>8} {mean['peak_memory'] / 1e6:8.1f}", flush=True)
+    prefix = Path(args.plot)
+    with replace_file(prefix.with_suffix(".csv"), "w") as f:
+        writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(key for r in rows for key in r)))
+        writer.writeheader()
+        writer.writerows(rows)
+    with replace_file(prefix.with_suffix(".svg"), "w") as f:
+        f.write(plot(rows))
+    print(f"{prefix}.csv, {prefix}.svg")
+    return rows
+
+
+def plot(rows):
+    """Perplexity, on a logarithmic axis, against megabytes, as SVG: a point a row, the mean of its runs."""
+    points = {}
+    for r in rows:
+        points.setdefault(r["row"], []).append((r["megabytes"], r["perplexity"]))
+    points = {name: [statistics.mean(z) for z in zip(*p)] for name, p in points.items()}
+    width, height, left, bottom = 900, 560, 70, 50
+    xs, ys = [p[0] for p in points.values()], [math.log(p[1]) for p in points.values()]
+    x0, x1, y0, y1 = 0, max(xs) * 1.12, min(ys), max(max(ys), min(ys) + 1e-3)
+    y0, y1 = y0 - 0.05 * (y1 - y0), y1 + 0.05 * (y1 - y0)
+
+    def at(x, log_y):
+        return (left + (x - x0) / (x1 - x0) * (width - left - 20),
+                height - bottom - (log_y - y0) / (y1 - y0) * (height - bottom - 20))
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
+             f'font-size="12">', f'<rect width="{width}" height="{height}" fill="white"/>']
+    for i in range(6):
+        x, log_y = x0 + (x1 - x0) * i / 5, y0 + (y1 - y0) * i / 5
+        px, py = at(x, log_y)
+        lines += [f'<path d="M{left} {py:.1f}H{width - 20}M{px:.1f} 20V{height - bottom}" stroke="#ddd"/>',
+                  f'<text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end">{math.exp(log_y):.2f}</text>',
+                  f'<text x="{px:.1f}" y="{height - bottom + 18}" text-anchor="middle">{x:.3g}</text>']
+    taken = []
+    for name, (x, y) in sorted(points.items(), key=lambda p: p[1][1]):
+        px, py = at(x, math.log(y))
+        text_y = py + 4
+        while any(abs(text_y - other) < 12 and abs(px - other_x) < 110 for other_x, other in taken):
+            text_y -= 3
+        taken.append((px, text_y))
+        bits = name.partition(":")[2].partition(":")[0] or str(OWN.get(name, (16, 0))[0])
+        colour = {"2": "#7a0403", "3": "#c8553d", "4": "#e8a33d", "8": "#3b7dbf"}.get(bits, "#444")
+        lines += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{colour}"/>',
+                  f'<text x="{px + 7:.1f}" y="{text_y:.1f}">{name}</text>']
+    lines += [f'<text x="{width / 2}" y="{height - 12}" text-anchor="middle">megabytes on disk</text>',
+              f'<text x="16" y="{height / 2}" text-anchor="middle" transform="rotate(-90 16 {height / 2})">perplexity'
+              f'</text>', "</svg>"]
+    return "\n".join(lines) + "\n"
+
+
+# -----------------------------------------------------------------------------
+# Number formats
+
+
+FLOATS = {  # name: (dtype, bits of the exponent, of the mantissa)
+    "fp32": (torch.float32, 8, 23), "fp16": (torch.float16, 5, 10), "bf16": (torch.bfloat16, 8, 7),
+    "fp8 e4m3": (torch.float8_e4m3fn, 4, 3), "fp8 e5m2": (torch.float8_e5m2, 5, 2)}
+
+
+def float_bits(x, name):
+    """(sign, exponent, mantissa) of the number x as strings of bits, and the number that they stand for."""
+    dtype, exponent, mantissa = FLOATS[name]
+    largest = torch.finfo(dtype).max
+    value = torch.tensor(max(-largest, min(largest, x)) if math.isfinite(x) else x).to(dtype)
+    size = 1 + exponent + mantissa
+    whole = {8: torch.uint8, 16: torch.int16, 32: torch.int32}[size]
+    bits = f"{value.view(whole).item() & (2 ** size - 1):0{size}b}"
+    return bits[0], bits[1:1 + exponent], bits[1 + exponent:], value.float().item()
+
+
+def show(numbers):
+    """Every number in every format: the bits, what they mean, and the error."""
+    x = torch.tensor(numbers)
+    if not torch.isfinite(x).all():
+        raise BadInput("--show takes finite numbers, as in --show 3.14159 -0.5")
+    scale = nonzero(x.abs().max()).item()
+    print("floats: (-1)^sign · 2^(exponent - bias) · 1.mantissa, bias 2^(bits of exponent - 1) - 1; an exponent of 0 "
+          "means\n2^(1 - bias) · 0.mantissa. Beyond the largest number they are cut here.")
+    for number in numbers:
+        print(f"\n{number!r}\n{'format':9} {'sign':4} {'exponent':8} {'mantissa':23}  stands for, and how")
+        for name, (_, exponent, mantissa) in FLOATS.items():
+            sign, e, m, value = float_bits(number, name)
+            power = max(1, int(e, 2)) - (2 ** (exponent - 1) - 1)
+            fraction = (int(e, 2) > 0) + int(m, 2) / 2 ** mantissa
+            print(f"{name:9} {sign:4} {e:8} {m:23}  {value:<14.9g} {'-' if sign == '1' else ''}2^{power} · "
+                  f"{fraction:.9g}, error {value - number:+.2g}")
+        code = round(number / scale * 127)
+        print(f"{'int8':9} {code & 255:08b}{'':30}  {code * scale / 127:<14.9g} {code} · {scale:.6g} / 127, "
+              f"{scale:.6g} the largest magnitude shown, error {code * scale / 127 - number:+.2g}")
+        code = to_levels(torch.tensor(number / scale), LEVELS["nf4"]).item()
+        level = LEVELS["nf4"][code].item()
+        print(f"{'nf4':9} {code:04b}{'':34}  {level * scale:<14.9g} level {code}, {level:.6f} · {scale:.6g}, "
+              f"error {level * scale - number:+.2g}")
+
+
+# -----------------------------------------------------------------------------
+# Speed
+
+
+def bandwidth(device):
+    """Bytes/s: of a sum over 512 MB on a CPU, which only reads; of a 2 GB copy, read and written, on a GPU."""
+    seconds = []
+    if device.type == "cuda":
+        a = torch.zeros(2 ** 31, dtype=torch.uint8, device=device)
+        b = torch.empty_like(a)
+    else:
+        a = torch.zeros(2 ** 27)
+    for _ in range(5):
+        start = time.perf_counter()
+        b.copy_(a) if device.type == "cuda" else a.sum()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return a.numel() * a.element_size() * (1 + (device.type == "cuda")) / min(seconds)
+
+
+def bytes_read(model, cache):
+    """Bytes that one step of one row reads at least: every weight but an embedding that is no head, and the cache."""
+    c = model.config
+    size = 2 * c.n_layer * c.n_kv_head * c.head_dim * cache * torch.empty((), dtype=model.compute_dtype).element_size()
+    for name, t in model.state_dict().items():
+        if not name.startswith("wpe") and not (name.startswith("wte") and model.head is not None):
+            size += t.numel() * t.element_size()
+    return size
+
+
+def bench(args, device):
+    """Decoding, batch 1, of a preset with random weights: float against int8 and int4, in turns, medians."""
+    from model import GPT, init_weights, preset
+    whole = GPT(preset(args.bench))
+    init_weights(whole, args.seed)
+    whole = whole.to(device).eval()
+    group, steps = 32 if args.group is None else args.group, args.steps
+
+    def variant(name):
+        copied = copy.deepcopy(whole)
+        if name in ("float32", "bfloat16"):
+            copied = copied.to(getattr(torch, name))
+            copied.compute_dtype = getattr(torch, name)
+            return copied
+        method, bits, size = ("symmetric", 8, 0) if name == "int8" else ("zeropoint", 4, group)
+        quantize_model(copied, method, bits, size, embeddings=bits)
+        copied.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return copied.to(copied.compute_dtype)
+    names = (["float32"] if device.type == "cpu" else []) + ["bfloat16", "int8", "int4"]
+    models = {name: variant(name) for name in names}
+    seconds, speeds = {name: [] for name in names}, []
+    for _ in range(args.rounds):
+        speeds.append(bandwidth(device))
+        for name in names:
+            seconds[name].append(step_seconds(models[name], steps))
+    peak, result = max(speeds), {"preset": args.bench, "device": str(device), "threads": torch.get_num_threads()}
+    what = "copy, read and written" if device.type == "cuda" else "read by a sum"
+    print(f"{args.bench}, batch 1, {steps} steps after 16 tokens, median of {args.rounds} rounds in turns; {device}, "
+          f"torch {torch.__version__}; memory {peak / 1e9:.1f} GB/s, {what}")
+    base = statistics.median(seconds[names[0]])
+    cache = 64 * math.ceil((17 + steps) / 64)
+    for name in names:
+        median = statistics.median(seconds[name])
+        size = bytes_read(models[name], cache)
+        print(f"{name:9} {1 / median:9.1f} tokens/s  {1e3 * median:8.3f} ms  {base / median:5.2f} x {names[0]}  "
+              f"{size / 1e6:8.1f} MB a step  {size / median / 1e9:7.1f} GB/s, {size / median / peak:.0%} of memory's",
+              flush=True)
+        result[name] = {"tokens_per_s": round(1 / median, 1), "ratio": round(base / median, 3),
+                        "megabytes": round(size / 1e6, 1), "bandwidth_share": round(size / median / peak, 3)}
+    return result | {"bandwidth": peak}
+
+
+# -----------------------------------------------------------------------------
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--init", nargs="+", help="run, Hugging Face folder or hub name; --table: or several (default: the newest run)")
+    add("--out", default="out/int4", help="run directory for the quantized model")
+    add("--method", help=f"one of {', '.join(METHODS)} (default: gptq, and the table)")
+    add("--bits", type=int, help="2 to 8 (default: 4, or the method's own)")
+    add("--group", type=int, help="weights of a row that share a scale; 0: a row, -1: a matrix (default: 128, or the "
+        "method's own)")
+    add("--embeddings", type=int, default=0, help="bits of the embedding and the head; 0: they stay in bfloat16")
+    add("--rank", type=int, default=0, help="of a matrix product that is added to make up for the error; 0: none")
+    add("--act_order", action="store_true", help="gptq: columns with large inputs first")
+    add("--calibration", help="text file to calibrate with (default: the run's training data, or Python's source)")
+    add("--calibration_tokens", type=int, default=16384)
+    add("--text", help="text file for the perplexity (default: the run's validation data, or Python's source)")
+    add("--eval_tokens", type=int, default=32768, help="of that text")
+    add("--window", type=int, default=0, help="tokens that perplexity reads at once; 0: the model's context")
+    add("--stride", type=int, default=0, help="tokens from one window to the next; 0: the window, no overlap")
+    add("--table", action="store_true", help="size, perplexity, speed and memory of --rows")
+    add("--rows", nargs="+", default=ROWS, metavar="METHOD[:BITS[:GROUP]]", help=f"(default: {' '.join(ROWS)})")
+    add("--plot", default="out/quantize", help="the table goes to PLOT.csv and PLOT.svg")
+    add("--show", nargs="+", type=float, metavar="X", help="numbers to print in every format, bit by bit")
+    add("--bench", metavar="PRESET", help="tokens/s of a preset with random weights, float, int8 and int4")
+    add("--steps", type=int, default=32, help="of --bench, in each round")
+    add("--rounds", type=int, default=5, help="of --bench")
+    add("--measure", metavar="DIR", help="tokens/s and peak memory of one run, as JSON")
+    add("--seed", type=int, default=0, help="of the calibration windows and of --bench's weights")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of --measure")
+    return parser.parse_args(argv)
+
+
+def newest_float(root="out"):
+    """The newest run that is not quantized."""
+    from model import newest_run
+    path = newest_run(root)
+    run = read_json(path / "run.json")
+    return run["args"]["init"] if run.get("quantize") else str(path)
+
+
+def main():
+    from model import setup_process
+    args = get_args()
+    if args.show:
+        return show(args.show)
+    if args.measure:
+        return measure(args)
+    device = setup_process(args.device).device
+    if args.bench:
+        return print(json.dumps(bench(args, device)))
+    inits = args.init or [newest_float()]
+    if args.embeddings and not 2 <= args.embeddings <= 8:
+        raise BadInput(f"--embeddings {args.embeddings} is out of range: give 2 to 8, or 0 to leave them alone")
+    metrics = {}
+    if args.table or not args.method:
+        rows = table(inits, args, device)
+        metrics["table"] = rows
+    if args.method or not args.table:
+        if len(inits) > 1:
+            raise BadInput("--init names several runs: that is for --table, --method makes one")
+        init, method = inits[0], args.method or "gptq"
+        args.init = str(init)
+        method, bits, group = parse_row(method, args)
+        model, run, tokenizer = load_float(init, device)
+        ids = read_ids(init, run, tokenizer, args)
+        before = perplexity(model, ids["val"], args.window, args.stride)
+        batches = calibration_batches(ids["train"], args.window or model.config.block_size, args.calibration_tokens,
+                                      args.seed, device)
+        start = time.time()
+        options = {"act_order": True} if args.act_order and method == "gptq" else {}
+        quantize_model(model, method, bits, group, batches, args.embeddings, args.rank, **options)
+        seconds = time.time() - start
+        after = perplexity(model, ids["val"], args.window, args.stride)
+        metrics |= {"perplexity_float": before, "perplexity": after, "val_loss": math.log(after), "seconds": seconds}
+        metrics["bytes"] = write(args.out, model, run, tokenizer, args, metrics)
+        T = args.window or model.config.block_size
+        print(f"{args.out}: {method}, {bits} bits, group {group}: {metrics['bytes'] / 1e6:.2f} MB; perplexity "
+              f"{before:.4f} -> {after:.4f} ({after / before - 1:+.2%}) on the first "
+              f"{sum(len(x) - 1 for _, x in ids['val']):,} tokens of {', '.join(name for name, _ in ids['val'])} (val),"
+              f" window {T}, stride {args.stride or T}; {seconds:.1f} s")
+    print(json.dumps(metrics))
+
+
+if __name__ == "__main__":
+    from quantize import main
+    cli(main)

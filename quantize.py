@@ -285,8 +285,8 @@ def gptq(w, bits, group, hessian, act_order=False, damp=0.01, block=128, grid="z
         e_i = (w_i - ŵ_i) / U_ii,    w_j ← w_j - e_i U_ij  (j > i),    H = 2 X Xᵀ / n,    H⁻¹ = Uᵀ U,
 
     which minimizes ‖(W - Ŵ) X‖² greedily (Frantar et al. 2022, alg. 1). hessian (K, K) is H, up to a factor; damp:
-    share of its mean diagonal that is added to it. A group's scale and zero are chosen when its first column is reached, from
-    weights as they are then; a block of columns passes its errors on at once. act_order: columns with a large H_ii
+    share of its mean diagonal that is added to it. A group's scale and zero are chosen when its first column is reached,
+    from weights as they are then; a block of columns passes its errors on at once. act_order: columns with a large H_ii
     first, and every group's scale and zero before the start.
     """
     w, h, K = w.clone(), hessian.double(), w.shape[1]
@@ -547,11 +547,11 @@ def int8_product(x, parts, threshold=OUTLIER):
     columns = large.any(0)
     rows = nonzero(x.masked_fill(large, 0).abs().amax(1, keepdim=True).float()) / 127
     x8 = (x / rows).round().masked_fill(columns, 0).to(torch.int8)
-    y = int_mm(x8, codes) * rows * scale[:, 0]
+    y = (int_mm(x8, codes) * rows * scale[:, 0]).to(x.dtype)
     if threshold < math.inf and columns.any():
         o = columns.nonzero()[:, 0]
-        y = y + (x[:, o] @ (codes[:, o] * scale).to(x.dtype).T).float()
-    return y.to(x.dtype)
+        y = torch.addmm(y, x[:, o], (codes[:, o] * scale).to(x.dtype).T)
+    return y
 
 
 def fp8_product(x, parts):
@@ -659,7 +659,9 @@ class QuantEmbedding(QuantLinear):
 def fake_quantize(w, bits, group=0):
     """ŵ of round to nearest, with the gradient of w: rounding counts as the identity (Bengio et al. 2013)."""
     with torch.no_grad():
-        error = dequantize(nearest("zeropoint", w.float(), bits, group)).to(w.dtype) - w
+        groups = grouped(w.float(), group)
+        scale, zero = fit(groups, bits, "zeropoint", group <= 0)
+        error = ((encode(groups, scale, zero, bits) - zero) * scale).view_as(w).to(w.dtype) - w
     return w + error
 
 
@@ -769,8 +771,7 @@ def quantize_model(model, method, bits, group, batches=(), embeddings=0, rank=0,
             except BadInput as error:
                 raise BadInput(f"{name}: {error}") from None
             except torch.linalg.LinAlgError:
-                raise BadInput(f"{name}: the Hessian of its inputs cannot be inverted: give more --calibration_tokens") \
-                    from None
+                raise BadInput(f"{name}: the inputs' Hessian is singular: give more --calibration_tokens") from None
             q = compensate(linear.weight, q, rank) if rank else q
             model.set_submodule(name, QuantLinear(q, linear.bias))
     for name, kind in (("wte", QuantEmbedding), ("head", QuantLinear)) if embeddings else ():

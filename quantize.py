@@ -138,13 +138,12 @@ def hqq(w, bits=4, iterations=20, beta=10.0, growth=1.01, p=0.7):
         q = (w * inverse + zero).round().clamp(0, 2 ** bits - 1)
         restored = (q - zero) / inverse
         error = w - restored
+        sparse = error.sign() * (error.abs() - error.abs().pow(p - 1) / beta).clamp(min=0)
+        zero = (q - (w - sparse) * inverse).mean(-1, keepdim=True)
         mean = error.abs().mean().item()
         if mean >= best:
             break
-        best = mean
-        sparse = error.sign() * (error.abs() - error.abs().pow(p - 1) / beta).clamp(min=0)
-        zero = (q - (w - sparse) * inverse).mean(-1, keepdim=True)
-        beta *= growth
+        best, beta = mean, beta * growth
     return 1 / inverse, zero
 
 
@@ -487,16 +486,17 @@ def int4_kernel(q):
     group = next((g for g in (256, 128, 64, 32) if (q.group or K) % g == 0 and K % g == 0), 0)
     if not group or q.group < 0:
         return None
-    scale = q.parts["scale"].float()
-    m = (8 - (q.parts["zero"].float() if "zero" in q.parts else 2 ** (q.bits - 1))) * scale
+    scale, middle = q.parts["scale"].float(), 2 ** (q.bits - 1)  # which becomes code 8, so that m is small
+    m = (middle - q.parts["zero"].float() if "zero" in q.parts else torch.zeros_like(scale)) * scale
     scale_m = torch.stack((scale, m), -1).repeat_interleave(K // group // scale.shape[1], 1)
     scale_m = scale_m.transpose(0, 1).bfloat16().contiguous()
+    codes = unpack(q.parts["codes"], q.bits, K) + (8 - middle)
     if device.type == "cpu" and N % 16 == 0:
-        packed = torch._convert_weight_to_int4pack_for_cpu(unpack(q.parts["codes"], q.bits, K).int(), 1)
+        packed = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
         product = torch._weight_int4pack_mm_for_cpu
     elif device.type == "cuda" and N % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0):
         tiles = next(t for t in (8, 4, 2) if K % (16 * t) == 0)
-        packed = torch._convert_weight_to_int4pack(pack(unpack(q.parts["codes"], q.bits, K), 4), tiles)
+        packed = torch._convert_weight_to_int4pack(pack(codes, 4), tiles)
         product = torch._weight_int4pack_mm
     else:
         return None

@@ -113,11 +113,12 @@ def symmetric(w, bits=8):
 def zeropoint(w, bits=8):
     """
     s = (max - min) / (2^b - 1), z = -round(min / s), a whole number: min and max are codes 0 and 2^b - 1. (In signed
-    form: scale 255 / (max - min), zero point -round(scale · min) - 128, codes -128 … 127.) Equal weights c: s = |c|.
+    form: scale 255 / (max - min), zero point -round(scale · min) - 128, codes -128 … 127.) Equal weights c: s = |c|;
+    weights far from 0 with a small range: s = max|w| / 2047, because z is stored in float16.
     """
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
-    scale = (high - low) / (2 ** bits - 1)
-    scale = torch.where(scale == 0, low.abs(), scale)
+    scale = torch.maximum((high - low) / (2 ** bits - 1), torch.maximum(-low, high) / 2047)
+    scale = torch.where(high == low, low.abs(), scale)
     return scale, -(low / nonzero(scale)).round()
 
 
@@ -154,7 +155,7 @@ def fit(w, bits, grid, exact):
     """(scale, zero) as they will be stored: bfloat16 and float16 unless exact, so that codes are rounded for those."""
     scale, zero = GRIDS[grid](w, bits)
     scale = nonzero(scale if exact else scale.bfloat16().float())
-    return scale, 2.0 ** (bits - 1) if zero is None else zero.half().float()
+    return scale, 2.0 ** (bits - 1) if zero is None else zero.clamp(-65504, 65504).half().float()
 
 
 def encode(w, scale, zero, bits):
@@ -284,9 +285,9 @@ def gptq(w, bits, group, hessian, act_order=False, damp=0.01, block=128, grid="z
         e_i = (w_i - ŵ_i) / U_ii,    w_j ← w_j - e_i U_ij  (j > i),    H = 2 X Xᵀ / n,    H⁻¹ = Uᵀ U,
 
     which minimizes ‖(W - Ŵ) X‖² greedily (Frantar et al. 2022, alg. 1). hessian (K, K) is H, up to a factor; damp:
-    share of its mean diagonal that is added to it. A group's scale and zero are chosen when its first column is reached,
-    from weights as they are then; a block of columns passes its errors on at once. act_order: columns with a large H_ii
-    first, and every group's scale and zero before the start.
+    share of its mean diagonal that is added to it. A group's scale and zero are chosen when its first column is
+    reached, from weights as they are then; a block of columns passes its errors on at once. act_order: columns with a
+    large H_ii first, and every group's scale and zero before the start.
     """
     w, h, K = w.clone(), hessian.double(), w.shape[1]
     dead = h.diagonal() == 0  # inputs that are always 0
@@ -315,8 +316,9 @@ def gptq(w, bits, group, hessian, act_order=False, damp=0.01, block=128, grid="z
             w[:, i + 1:end] -= e[:, None] * u[i, i + 1:end]
             errors[:, i - start] = e
         w[:, end:] -= errors @ u[start:end, end:]
-    stored = zero if grid in ("zeropoint", "hqq") else 2.0 ** (bits - 1)
-    return even("gptq", bits, group, w.shape, codes[:, order.argsort()], scale, stored)
+    rows = slice(1) if group < 0 else slice(None)  # a matrix with one scale stores it once
+    stored = zero[rows] if grid in ("zeropoint", "hqq") else 2.0 ** (bits - 1)
+    return even("gptq", bits, group, w.shape, codes[:, order.argsort()], scale[rows], stored)
 
 
 def awq(w, bits, group, hessian, mean_abs, steps=20):
@@ -394,9 +396,9 @@ def compensate(W, q, rank):
 
 
 METHODS = {  # (W (N, K) float32, bits, group, calibration by name) -> QTensor
-    **{name: lambda w, bits, group, name=name: nearest(name, w, bits, group) for name in GRIDS},
-    "nf4": lambda w, bits, group, double=True: codebook("nf4", w, bits, group or 64, double),
-    "fp4": lambda w, bits, group, double=True: codebook("fp4", w, bits, group or 64, double),
+    **{name: functools.partial(nearest, name) for name in GRIDS},
+    "nf4": functools.partial(codebook, "nf4"),  # double
+    "fp4": functools.partial(codebook, "fp4"),
     "fp8": fp8,
     "gptq": gptq,            # hessian
     "awq": awq,              # hessian, mean_abs
@@ -416,6 +418,9 @@ def quantize(W, method, bits=4, group=0, **calibration):
         raise BadInput(f"--method {method} is unknown: choose one of {', '.join(METHODS)}")
     if not 2 <= bits <= 8:
         raise BadInput(f"--bits {bits} is out of range: give 2 to 8")
+    if W.dim() != 2:
+        raise BadInput(f"weights of shape {list(W.shape)} are no matrix (N, K): quantize Linears' and embeddings'")
+    group = group or (64 if method in LEVELS else 0)
     if group > 0 and W.shape[1] % group:
         fits = [g for g in (256, 128, 64, 32, 16, 8) if W.shape[1] % g == 0]
         raise BadInput(f"--group {group} does not divide rows of {W.shape[1]} weights: use one of {fits}, or 0, a row")
@@ -753,6 +758,22 @@ def observe(model, name, batches):
 
 
 @torch.no_grad()
+def outlier_share(model, batches):
+    """The share of the inputs of all the blocks' Linears, quantized or not, that are outliers to LLM.int8()."""
+    counts = torch.zeros(2, dtype=torch.float64)
+
+    def hook(module, inputs):
+        counts.add_(torch.tensor([(inputs[0].abs() >= OUTLIER).sum().item(), inputs[0].numel()]))
+    hooks = [m.register_forward_pre_hook(hook) for name, m in model.named_modules()
+             if isinstance(m, (nn.Linear, QuantLinear)) and name.startswith("blocks.")]
+    for idx in batches:
+        model.trunk(idx)
+    for h in hooks:
+        h.remove()
+    return (counts[0] / counts[1]).item()
+
+
+@torch.no_grad()
 def quantize_model(model, method, bits, group, batches=(), embeddings=0, rank=0, **options):
     """
     Replace the blocks' Linears by QuantLinears, in place and in the order of their calls: what calibrates a layer has
@@ -916,9 +937,9 @@ def write(out, model, run, tokenizer, args, metrics, dtype=torch.bfloat16):
     return os.path.getsize(Path(out) / "model.safetensors")
 
 
-def step_seconds(model, steps, context=16):
+def step_seconds(model, steps, compile, context=16):
     """Seconds a decoding step takes, batch 1, greedy, after a prompt of `context` tokens."""
-    tokens = model.stream([list(range(1, context + 1))], steps + 1, temperature=0.0)
+    tokens = model.stream([list(range(1, context + 1))], steps + 1, temperature=0.0, compile=compile)
     for warm in range(2):  # the prompt; the first step packs weights or records a graph
         next(tokens)
     if model.device.type == "cuda":
@@ -937,11 +958,13 @@ def measure(args):
     """
     from model import GPT, peak_memory, setup_process
     device = setup_process(args.device).device
+    with contextlib.suppress(OSError):  # Linux: the peak counts from here
+        Path("/proc/self/clear_refs").write_text("5")
     before = peak_memory(device)
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else \
         torch.float32
     model = GPT.from_pretrained(args.measure, device, dtype).eval()
-    seconds = min(step_seconds(model, min(64, model.config.block_size // 2)) for _ in range(3))
+    seconds = min(step_seconds(model, min(64, model.config.block_size // 2), args.compile) for _ in range(3))
     print(json.dumps({"tokens_per_s": round(1 / seconds, 1), "peak_memory": peak_memory(device) - before}))
 
 
@@ -984,6 +1007,7 @@ def table_row(text, init, args, device):
         batches = calibration_batches(ids["train"], T, args.calibration_tokens, args.seed, device)
         options = {"act_order": True} if args.act_order and method == "gptq" else {}
         quantize_model(model, method, bits, group, batches, args.embeddings, args.rank, **options)
+        row |= {"outliers": outlier_share(model, batches[:2])} if method == "llm_int8" else {}
         dtype = torch.float32
     row["seconds"] = round(time.perf_counter() - start, 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -994,6 +1018,7 @@ def table_row(text, init, args, device):
         del model
         command = [sys.executable, __file__, "--measure", folder, "--device", str(device)]
         command += ["--dtype", text] if text in ("float32", "bfloat16") else []
+        command += ["--compile"] if args.compile else []
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise BadInput(f"--table {text}: measuring its speed failed: {done.stderr.strip().splitlines()[-1]}")
@@ -1022,9 +1047,11 @@ def table(inits, args, device):
         half = base["bfloat16"]
         share = {key: f"{mean[key] / statistics.mean(r[key] for r in half):.3g}" if half else "-"
                  for key in ("megabytes", "tokens_per_s")}
-        print(f"{new[0]['method']:12} {new[0]['bits']:4} {new[0]['group']:5} {mean['megabytes']:9.2f} "
+        first, outliers = new[0], [r["outliers"] for r in new if "outliers" in r]
+        print(f"{first['method']:12} {first['bits']:4} {first['group']:5} {mean['megabytes']:9.2f} "
               f"{share['megabytes']:>8} {mean['perplexity']:11.3f} {cost:>17} {mean['tokens_per_s']:9.1f} "
-              f"{share['tokens_per_s']:>8} {mean['peak_memory'] / 1e6:8.1f}", flush=True)
+              f"{share['tokens_per_s']:>8} {mean['peak_memory'] / 1e6:8.1f}"
+              + (f"  {statistics.mean(outliers):.2%} of all inputs are outliers" if outliers else ""), flush=True)
     prefix = Path(args.plot)
     with replace_file(prefix.with_suffix(".csv"), "w") as f:
         writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(key for r in rows for key in r)))
@@ -1171,11 +1198,18 @@ def bench(args, device):
         return copied.to(copied.compute_dtype)
     names = (["float32"] if device.type == "cpu" else []) + ["bfloat16", "int8", "int4"]
     models = {name: variant(name) for name in names}
+    x = torch.randn(1, whole.config.n_embd, device=device)
+    for name in names[-2:]:
+        linear = models[name].blocks[0].mlp.up
+        exact = F.linear(x, linear.weight.float(), None if linear.bias is None else linear.bias.float())
+        off = ((linear(x.to(models[name].compute_dtype)) - exact).norm() / exact.norm()).item()
+        if not off < 0.02:
+            raise BadInput(f"--bench: the {name} kernel is off by {off:.2%} on this device: its speed means nothing")
     seconds, speeds = {name: [] for name in names}, []
     for _ in range(args.rounds):
         speeds.append(bandwidth(device))
         for name in names:
-            seconds[name].append(step_seconds(models[name], steps))
+            seconds[name].append(step_seconds(models[name], steps, args.compile))
     peak, result = max(speeds), {"preset": args.bench, "device": str(device), "threads": torch.get_num_threads()}
     what = "copy, read and written" if device.type == "cuda" else "read by a sum"
     print(f"{args.bench}, batch 1, {steps} steps after 16 tokens, median of {args.rounds} rounds in turns; {device}, "
@@ -1222,6 +1256,7 @@ def get_args(argv=None):
     add("--steps", type=int, default=32, help="of --bench, in each round")
     add("--rounds", type=int, default=5, help="of --bench")
     add("--measure", metavar="DIR", help="tokens/s and peak memory of one run, as JSON")
+    add("--compile", action="store_true", help="torch.compile the decoding step on CUDA, where speed is measured")
     add("--seed", type=int, default=0, help="of the calibration windows and of --bench's weights")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of --measure")
@@ -1256,6 +1291,9 @@ def main():
     if args.method or not args.table:
         if len(inits) > 1:
             raise BadInput("--init names several runs: that is for --table, --method makes one")
+        there = Path(args.out) / "run.json"
+        if there.exists() and not read_json(there).get("quantize"):
+            raise BadInput(f"--out {args.out} holds a run that is not quantized, and is not overwritten: give another")
         init, method = inits[0], args.method or "gptq"
         args.init = str(init)
         method, bits, group = parse_row(method, args)

@@ -107,6 +107,12 @@ def test_no_weight_moves_further_than_half_a_step(method, bits, group):
     assert off.max() <= 0.5 + (2 ** (bits - 9) if group > 0 else 1e-3)  # a bfloat16 scale moves the outermost levels
 
 
+def test_a_group_far_from_zero_keeps_its_digits():
+    w = 1 + 1e-4 * normal(4, 64, std=1)
+    for method in ("zeropoint", "hqq"):
+        torch.testing.assert_close(Q.dequantize(Q.quantize(w, method, 4, 64)), w, rtol=4e-3, atol=0)
+
+
 def test_more_bits_and_smaller_groups_err_less():
     w = normal(64, 256)
     for method in Q.GRIDS:
@@ -374,7 +380,8 @@ def test_gpt2_124m_fits_into_95_megabytes():
     assert 90e6 < size < 95e6
 
 
-@pytest.mark.parametrize("method, bits, group", [*KINDS, ("fp8", 8, -1), ("llm_int8", 8, 0), ("gptq", 3, 32)])
+@pytest.mark.parametrize("method, bits, group", [*KINDS, ("fp8", 8, -1), ("llm_int8", 8, 0), ("gptq", 3, 32),
+                                                 ("gptq", 4, -1)])
 def test_the_layout_is_that_of_the_parts(method, bits, group):
     known = {"hessian": torch.eye(128)} if method == "gptq" else {}
     q = Q.quantize(normal(32, 128), method, bits, group, **known)
@@ -453,6 +460,8 @@ def test_a_quantized_run_is_sampled_and_evaluated_like_any_other(folder):
     assert json.loads(out.splitlines()[-1])["text/perplexity"] == pytest.approx(metrics["perplexity"], rel=2e-2)
     _, err = script(Q, "--init", folder / "int4", "--method", "nf4", check=2)
     assert "quantized already" in err
+    _, err = run(folder, "--method", "zeropoint", "--group", 32, "--out", folder / "run", check=2)
+    assert "not overwritten" in err
 
 
 def test_the_table_has_a_line_and_a_point_for_every_row(folder):

@@ -957,15 +957,21 @@ def measure(args):
     or a GPU's allocations.
     """
     from model import GPT, peak_memory, setup_process
+
+    def peak():
+        status = Path("/proc/self/status")  # getrusage's peak is the parent's here
+        if device.type == "cuda" or not status.exists():
+            return peak_memory(device)
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     device = setup_process(args.device).device
     with contextlib.suppress(OSError):  # Linux: the peak counts from here
         Path("/proc/self/clear_refs").write_text("5")
-    before = peak_memory(device)
+    before = peak()
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else \
         torch.float32
     model = GPT.from_pretrained(args.measure, device, dtype).eval()
     seconds = min(step_seconds(model, min(64, model.config.block_size // 2), args.compile) for _ in range(3))
-    print(json.dumps({"tokens_per_s": round(1 / seconds, 1), "peak_memory": peak_memory(device) - before}))
+    print(json.dumps({"tokens_per_s": round(1 / seconds, 1), "peak_memory": peak() - before}))
 
 
 # -----------------------------------------------------------------------------

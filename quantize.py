@@ -461,15 +461,8 @@ def scaled(q):
 # Products that read the codes: for the few rows of a decoding step, where time is the bytes that are read
 
 
-def int8_kernel(q):
-    """8 bits, symmetric, a scale a row: a function of x (M, K) on this device, or None."""
-    codes, scale = q.parts["codes"], q.parts["scale"][:, 0]
-    if codes.device.type == "cpu":  # fast with bfloat16 alone: other dtypes take a scalar loop
-        scale = scale.bfloat16()
-        return lambda x: torch._weight_int8pack_mm(x.bfloat16(), codes, scale).to(x.dtype)
-    if codes.device.type == "cuda" and importlib.util.find_spec("triton"):
-        one = compiled_row()
-        return lambda x: one(x, codes, scale) if len(x) == 1 else F.linear(x, codes.to(x.dtype)) * scale.to(x.dtype)
+def int8_cpu(x, codes, scale):
+    return torch._weight_int8pack_mm(x.bfloat16(), codes, scale).to(x.dtype)
 
 
 def int8_row(x, codes, scale):
@@ -480,6 +473,30 @@ def int8_row(x, codes, scale):
 @functools.cache
 def compiled_row():
     return torch.compile(int8_row, dynamic=False)
+
+
+def int8_cuda(x, codes, scale):
+    if len(x) > 1:
+        return F.linear(x, codes.to(x.dtype)) * scale.to(x.dtype)
+    row = int8_row if torch.compiler.is_compiling() else compiled_row()
+    return row(x, codes, scale)
+
+
+def int4_cpu(x, packed, group, scale_m):
+    return torch._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, group, scale_m).to(x.dtype)
+
+
+def int4_cuda(x, packed, group, scale_m):
+    return torch._weight_int4pack_mm(x.bfloat16(), packed, group, scale_m).to(x.dtype)
+
+
+def int8_kernel(q):
+    """8 bits, symmetric, a scale a row: (a function of x (M, K) and more, what it takes beside x), or None."""
+    codes, scale = q.parts["codes"], q.parts["scale"][:, 0]
+    if codes.device.type == "cpu":  # fast with bfloat16 alone: other dtypes take a scalar loop
+        return int8_cpu, (codes, scale.bfloat16())
+    if codes.device.type == "cuda" and importlib.util.find_spec("triton"):
+        return int8_cuda, (codes, scale)
 
 
 def int4_kernel(q):
@@ -497,32 +514,18 @@ def int4_kernel(q):
     scale_m = scale_m.transpose(0, 1).bfloat16().contiguous()
     codes = unpack(q.parts["codes"], q.bits, K) + (8 - middle)
     if device.type == "cpu" and N % 16 == 0:
-        packed = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-        product = torch._weight_int4pack_mm_for_cpu
-    elif device.type == "cuda" and N % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0):
+        return int4_cpu, (torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1), group, scale_m)
+    if device.type == "cuda" and N % 8 == 0 and torch.cuda.get_device_capability(device) >= (8, 0):
         tiles = next(t for t in (8, 4, 2) if K % (16 * t) == 0)
-        packed = torch._convert_weight_to_int4pack(pack(codes, 4), tiles)
-        product = torch._weight_int4pack_mm
-    else:
-        return None
-    return lambda x: product(x.bfloat16(), packed, group, scale_m).to(x.dtype)
+        return int4_cuda, (torch._convert_weight_to_int4pack(pack(codes, 4), tiles), group, scale_m)
 
 
 def kernel_of(q):
-    """A function of x (M, K) that reads the codes themselves, or None."""
-    even, kernel = q.method in GRIDS or q.method in ("gptq", "awq"), None
+    """int8_kernel or int4_kernel of what they can read, or None."""
+    even = q.method in GRIDS or q.method in ("gptq", "awq")
     if even and q.bits == 8 and q.group == 0 and "zero" not in q.parts:
-        kernel = int8_kernel(q)
-    elif even and q.bits <= 4:
-        kernel = int4_kernel(q)
-    if kernel is None or not q.parts.keys() & {"in_scale", "up"}:
-        return kernel
-    in_scale = q.parts.get("in_scale", torch.ones((), device=q.parts["codes"].device))
-    return lambda x: kernel(x * in_scale.to(x.dtype)) + low_rank(x, q.parts)
-
-
-def low_rank(x, parts):
-    return x @ parts["down"].to(x.dtype).T @ parts["up"].to(x.dtype).T if "up" in parts else 0
+        return int8_kernel(q)
+    return int4_kernel(q) if even and q.bits <= 4 else None
 
 
 # -----------------------------------------------------------------------------
@@ -608,7 +611,7 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, t)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.out_features, self.in_features = self.shape
-        self.kernel = None  # made at the first product
+        self.kernel, self.packed = None, ()  # made at the first product
 
     @property
     def q(self):
@@ -626,22 +629,23 @@ class QuantLinear(nn.Module):
     def product(self, x):
         """x Ŵᵀ: few rows by a kernel that reads the codes, many by the dequantized matrix, in x's dtype."""
         if self.kernel is None:
-            self.kernel = kernel_of(self.q) or False
-        if self.kernel and x.numel() <= FEW * self.in_features:
-            return self.kernel(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
-        if self.method in WITH_ACTIVATIONS:
-            flat, parts = x.reshape(-1, self.in_features), self.q.parts
-            scaled_x = flat * parts["in_scale"].to(x.dtype) if "in_scale" in parts else flat
-            y = WITH_ACTIVATIONS[self.method](scaled_x, parts) + low_rank(flat, parts)
-            return y.view(*x.shape[:-1], -1)
-        return F.linear(x, dequantize(self.q, x.dtype))
+            self.kernel, self.packed = kernel_of(self.q) or (False, ())
+        few = self.kernel and x.numel() <= FEW * self.in_features
+        if not few and self.method not in WITH_ACTIVATIONS:
+            return F.linear(x, dequantize(self.q, x.dtype))
+        flat = x.reshape(-1, self.in_features)
+        scaled_x = flat * self.in_scale.to(x.dtype) if "in_scale" in self.names else flat
+        y = self.kernel(scaled_x, *self.packed) if few else WITH_ACTIVATIONS[self.method](scaled_x, self.q.parts)
+        if "up" in self.names:
+            y = y + flat @ self.down.to(x.dtype).T @ self.up.to(x.dtype).T
+        return y.view(*x.shape[:-1], -1)
 
     def _apply(self, move, recurse=True):
         """To another device, never to another dtype; the kernel's own copy of the codes is made again."""
         def keep(t):
             moved = move(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
-        self.kernel = None
+        self.kernel, self.packed = None, ()
         return super()._apply(keep, recurse)
 
     def extra_repr(self):
@@ -938,17 +942,12 @@ def write(out, model, run, tokenizer, args, metrics, dtype=torch.bfloat16):
 
 
 def step_seconds(model, steps, compile, context=16):
-    """Seconds a decoding step takes, batch 1, greedy, after a prompt of `context` tokens."""
-    tokens = model.stream([list(range(1, context + 1))], steps + 1, temperature=0.0, compile=compile)
-    for warm in range(2):  # the prompt; the first step packs weights or records a graph
-        next(tokens)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
+    """Seconds a decoding step takes, batch 1, greedy, after a prompt of `context` tokens and as many steps not timed."""
+    news = model.stream([list(range(1, context + 1))], 2 * steps, poll=steps, compile=compile, temperature=0.0)
+    next(news)
     start = time.perf_counter()
-    for token, _ in tokens:
-        pass
-    token.tolist()  # waits for the device
-    return (time.perf_counter() - start) / (steps - 1)
+    next(news)  # looks at its tokens, so it waits for the device
+    return (time.perf_counter() - start) / steps
 
 
 def measure(args):
@@ -970,7 +969,7 @@ def measure(args):
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else \
         torch.float32
     model = GPT.from_pretrained(args.measure, device, dtype).eval()
-    seconds = min(step_seconds(model, min(64, model.config.block_size // 2), args.compile) for _ in range(3))
+    seconds = min(step_seconds(model, min(32, model.config.block_size // 2 - 8), args.compile) for _ in range(3))
     print(json.dumps({"tokens_per_s": round(1 / seconds, 1), "peak_memory": peak() - before}))
 
 
@@ -1221,7 +1220,7 @@ def bench(args, device):
     print(f"{args.bench}, batch 1, {steps} steps after 16 tokens, median of {args.rounds} rounds in turns; {device}, "
           f"torch {torch.__version__}; memory {peak / 1e9:.1f} GB/s, {what}")
     base = statistics.median(seconds[names[0]])
-    cache = 64 * math.ceil((17 + steps) / 64)
+    cache = 64 * math.ceil((16 + 2 * steps) / 64)
     for name in names:
         median = statistics.median(seconds[name])
         size = bytes_read(models[name], cache)

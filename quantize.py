@@ -321,7 +321,7 @@ def gptq(w, bits, group, hessian, act_order=False, damp=0.01, block=128, grid="z
     return even("gptq", bits, group, w.shape, codes[:, order.argsort()], scale[rows], stored)
 
 
-def awq(w, bits, group, hessian, mean_abs, steps=20):
+def awq(w, bits, group, hessian, mean_abs, steps=20, cuts=10):
     """
     AWQ: weights that meet large inputs deserve small errors, so W diag(s) is rounded and x / s multiplied, with
     s = mean|x|^a, a the best of 0, 0.05 … 0.95 (Lin et al. 2023, eq. 4-5). Then each group's range is cut to 100, 95 …
@@ -347,7 +347,7 @@ def awq(w, bits, group, hessian, mean_abs, steps=20):
     size = groups.shape[-1]
     inner = torch.stack([h[i:i + size, i:i + size] for i in range(0, len(h), size)]) if group >= 0 else None
     least = None
-    for i in range(11 if group >= 0 else 1):  # a matrix with one scale is not cut
+    for i in range(cuts + 1 if group >= 0 else 1):  # a matrix with one scale is not cut
         codes, scale, zero = rounded(groups, 1 - 0.05 * i)
         d = (codes - zero) * scale - groups
         error = 0 * scale if inner is None else (torch.einsum("ngi,gij->ngj", d, inner) * d).sum(-1, keepdim=True)

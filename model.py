@@ -2884,10 +2884,11 @@ def build_model(config, tensors, source, device="cpu", dtype=torch.float32, quan
     dtype None: as the tensors are. quantized: what quantize.describe says of a quantized model.
     """
     with torch.device("meta"):
-        model, kept = GPT(config), ()  # kept: tensors whose dtype stays
-        if quantized:
-            from quantize import install
-            kept = install(model, quantized, tensors, source)
+        model = GPT(config)
+    kept = ()  # tensors whose dtype stays
+    if quantized:
+        from quantize import install
+        kept = install(model, quantized, tensors, source)
     expected = {name: t.shape for name, t in model.state_dict().items()}
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:

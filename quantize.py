@@ -942,7 +942,7 @@ def write(out, model, run, tokenizer, args, metrics, dtype=torch.bfloat16):
 
 
 def step_seconds(model, steps, compile, context=16):
-    """Seconds a decoding step takes, batch 1, greedy, after a prompt of `context` tokens and as many steps not timed."""
+    """Seconds a decoding step takes, batch 1, greedy, behind a prompt and as many steps that are not timed."""
     news = model.stream([list(range(1, context + 1))], 2 * steps, poll=steps, compile=compile, temperature=0.0)
     next(news)
     start = time.perf_counter()

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 
@@ -16,6 +17,7 @@ import quantize as Q
 import sample as sample_room
 import train as train_room
 from bpe import BadInput, Tokenizer, cli
+from conftest import ROOT
 from model import GPT, GPTConfig, init_weights, load_run, load_safetensors, save_run, save_safetensors
 
 TEXT = "the cat sat on the mat, and 993-7=986. Rain fell on the roof of the old house by the river. " * 60
@@ -216,7 +218,8 @@ def test_awq_protects_weights_that_meet_large_inputs():
     x[:, ::37] *= 20
     s = statistics_of(x)
     nearest = output_error(w, Q.quantize(w, "zeropoint", 4, 128), x)
-    assert output_error(w, Q.quantize(w, "awq", 4, 128, hessian=s["hessian"], mean_abs=s["mean_abs"]), x) < 0.6 * nearest
+    q = Q.quantize(w, "awq", 4, 128, hessian=s["hessian"], mean_abs=s["mean_abs"])
+    assert output_error(w, q, x) < 0.6 * nearest
 
 
 def test_scaling_before_rounding_changes_nothing_itself():
@@ -454,6 +457,9 @@ def test_a_quantized_run_is_sampled_and_evaluated_like_any_other(folder):
         {"method": "gptq", "bits": 4, "group": 32, "parts": ["codes", "scale", "zero"]}
     out, _ = script(sample_room, "--init", folder / "int4", "--prompt", "the cat", "--max_new_tokens", 8)
     assert out.startswith("the cat")
+    alone = ["--init", folder / "int4", "--prompt", "the cat", "--max_new_tokens", "8"]
+    done = subprocess.run([sys.executable, ROOT / "sample.py", *alone], capture_output=True, text=True)  # where nothing has imported quantize.py yet
+    assert done.returncode == 0 and done.stdout == out, done.stderr
     text = f"text={folder / 'text.txt'}"
     out, _ = script(evaluate_room, "--init", folder / "int4", "--task", text, "--eval_tokens", 512, "--device", "cpu",
                     "--dtype", "float32")

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import itertools
 import json
 import math
 import os
@@ -997,7 +998,7 @@ class GPT(nn.Module):
 
     @property
     def device(self):
-        return next(self.parameters()).device
+        return next(itertools.chain(self.parameters(), self.buffers())).device  # quantized weights are buffers
 
     @property
     def head_weight(self):
@@ -1155,8 +1156,12 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """Hidden states (..., C) -> logits (..., V), float32."""
-        logits = product(self.features(x), self.head_weight.to(x.dtype))[..., :self.config.vocab_size].float()
-        return cap(logits, self.config.softcap)
+        x, head = self.features(x), self.wte if self.head is None else self.head
+        if hasattr(head, "product"):  # quantize.py's reads the codes
+            logits = head.product(x)
+        else:
+            logits = product(x, head.weight.to(x.dtype))
+        return cap(logits[..., :self.config.vocab_size].float(), self.config.softcap)
 
     def forward(self, idx, targets=None, cache=None, positions=None, doc_ids=None, prefix=None, embeds=None,
                 reduction="mean"):
@@ -2888,24 +2893,30 @@ def load_run(path, device="cpu", dtype=torch.float32):
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"{path}/run.json cannot be read ({error}): save the run again") from None
-    return build_model(config, load_safetensors(path / "model.safetensors"), path, device, dtype), run
+    tensors = load_safetensors(path / "model.safetensors")
+    return build_model(config, tensors, path, device, dtype, run.get("quantize")), run
 
 
-def build_model(config, tensors, source, device="cpu", dtype=torch.float32):
+def build_model(config, tensors, source, device="cpu", dtype=torch.float32, quantized=None):
     """
     A GPT that holds `tensors`, every one of the right name and shape; nothing is initialized in between.
-    dtype None: as the tensors are.
+    dtype None: as the tensors are. quantized: what quantize.describe says of a quantized model.
     """
     with torch.device("meta"):
         model = GPT(config)
+    kept = ()  # tensors whose dtype stays
+    if quantized:
+        from quantize import install
+        kept = install(model, quantized, tensors, source)
     expected = {name: t.shape for name, t in model.state_dict().items()}
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
             raise BadInput(f"{source} has no tensor {name}: it is not a model of its config")
         if name not in expected or expected[name] != tensors[name].shape:
             raise BadInput(f"{source} has {name} of shape {list(tensors[name].shape)}, which its config does not")
-    dtype = dtype or tensors["wte.weight"].dtype
-    model.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
+    dtype = dtype or next((t.dtype for name, t in tensors.items() if name == "wte.weight"), torch.float32)
+    model.load_state_dict({name: t.to(device, t.dtype if name in kept else dtype) for name, t in tensors.items()},
+                          assign=True)
     for name, table in position_tables(config).items():  # meta until now
         setattr(model, name, table.to(device))
     model.compute_dtype = dtype

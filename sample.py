@@ -54,6 +54,7 @@ def prefill(model, prompts, new):
     cache = KVCache(model.config, len(prompts), max(T, T + new - 1), model.device, model.compute_dtype)
     x = model.trunk(pad(prompts, model.device), cache=cache, prefix=lengths if model.config.prefix_lm else None)
     cache.pos.copy_(lengths)
+    cache.even = len(set(map(len, prompts))) == 1
     return cache, new, x
 
 
@@ -232,7 +233,9 @@ class Text(NamedTuple):
 
 def sampling(args):
     """The flags that the engine takes."""
-    return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, compile=args.compile)
+    return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+                typical_p=args.typical_p, repetition_penalty=args.repetition_penalty,
+                presence_penalty=args.presence_penalty, compile=args.compile)
 
 
 def stream_text(model, tokenizer, prompts, new, seeds, args, ends=(), stops=(), fresh=False):
@@ -241,18 +244,23 @@ def stream_text(model, tokenizer, prompts, new, seeds, args, ends=(), stops=(), 
     row's last piece with no id. A row ends before an id of `ends` and before a string of `stops`.
     """
     streams, going = [TextStream(tokenizer, stops, fresh) for _ in prompts], set(range(len(prompts)))
-    for tokens, logprobs in model.stream(prompts, new, seed=list(seeds), **sampling(args)):
-        for i, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist())):
-            if i in going and token in ends:
-                going.discard(i)
-            elif i in going:
-                yield i, streams[i].push(token), token, logprob
-                if streams[i].done:
+    last = {*ends, *lone(tokenizer, stops)}
+    for news in model.stream(prompts, new, last, seed=list(seeds), **sampling(args)):
+        for i, tokens, logprobs in news:
+            for token, logprob in zip(tokens, logprobs):
+                if i in going and token not in ends:
+                    yield i, streams[i].push(token), token, logprob
+                if token in last or streams[i].done:
                     going.discard(i)
         if not going:
             break
     for i, stream in enumerate(streams):
         yield i, stream.flush(), None, None
+
+
+def lone(tokenizer, stops):
+    """Stop strings that are a token: the engine, which sees ids, can end a row there."""
+    return [ids[0] for ids in map(tokenizer.encode, stops) if len(ids) == 1]
 
 
 def by_sampling(model, tokenizer, prompts, new, seeds, args, ends, stops):
@@ -293,8 +301,8 @@ def cut(tokenizer, ids, stops, score=0.0):
 
 
 def by_beams(model, tokenizer, prompts, new, seeds, args, ends, stops):
-    lone = [ids[0] for ids in map(tokenizer.encode, stops) if len(ids) == 1]  # a stop string that is a token
-    found = beam_search(model, prompts, new, args.beams, {*ends, *lone}, args.length_penalty, args.early_stopping)
+    ends = {*ends, *lone(tokenizer, stops)}
+    found = beam_search(model, prompts, new, args.beams, ends, args.length_penalty, args.early_stopping)
     return [[cut(tokenizer, ids, stops, score) for score, ids in row[:len(seeds)]] for row in found]
 
 
@@ -481,7 +489,7 @@ def auto_cot(model, tokenizer, pool, k, args, ends):
     most 60 tokens, at most 5 lines or sentences, and an answer. Three of a cluster are tried, then the first is taken.
     """
     x = embed(model, tokenizer, [s.question for s in pool])
-    clusters, k = k_means(directions(x, x), k, args.seed), min(k, len(pool))
+    clusters = k_means(directions(x, x), k, args.seed)
     short = [len(tokenizer.encode(s.question)) <= 60 for s in pool]
     tried = [sorted(cluster, key=lambda i: not short[i])[:3] for cluster in clusters if cluster]
     asked = [(pool[i], ()) for members in tried for i in members]
@@ -603,7 +611,7 @@ def chat(model, tokenizer, args):
     if args.load:
         system, messages = load_chat(args.load, tokenizer)
     T, turn = model.config.block_size, len(messages)
-    ends, told = chat_stops(tokenizer), False
+    ends, told = chat_stops(tokenizer), False  # told: that turns are left out
     print("Type a message, or /help.")
     while True:
         try:
@@ -653,6 +661,8 @@ def chat(model, tokenizer, args):
                     messages = [*asked, {"role": "assistant", "content": answer.text}]
         except BadInput as error:
             print(error)
+        except KeyboardInterrupt:  # between an answer's tokens and the next question
+            print()
 
 
 # -----------------------------------------------------------------------------

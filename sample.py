@@ -448,7 +448,7 @@ def k_means(x, k, seed=0, steps=100):
         if old is not None and torch.equal(old, label):
             break
         centres = torch.stack([x[label == c].mean(0) if (label == c).any() else centres[c] for c in range(k)])
-    order = torch.cdist(x, centres).argsort(0, stable=True)
+    order = torch.cdist(x, centres).argsort(dim=0, stable=True)
     return [[i for i in order[:, c].tolist() if label[i] == c] for c in range(k)]
 
 

@@ -48,8 +48,8 @@ def test_there_are_216_settings():
 @pytest.mark.parametrize("seed, beams, alpha, early, new", SETTINGS)
 def test_beam_search_finds_the_texts_and_scores_of_transformers(models, seed, beams, alpha, early, new):
     theirs, ours, prompts = models[seed]
-    out = generate(theirs, prompts, num_beams=beams, num_return_sequences=beams, length_penalty=alpha, output_scores=True,
-                   early_stopping=early, max_new_tokens=new, return_dict_in_generate=True)
+    out = generate(theirs, prompts, num_beams=beams, num_return_sequences=beams, length_penalty=alpha,
+                   early_stopping=early, max_new_tokens=new, output_scores=True, return_dict_in_generate=True)
     found = beam_search(ours, prompts.tolist(), new, beams, [0], alpha, early)
     assert [ids for row in found for _, ids in row] == [ends(row) for row in out.sequences[:, 5:].tolist()]
     assert [score for row in found for score, _ in row] == pytest.approx(out.sequences_scores.tolist(), abs=1e-4)

@@ -27,6 +27,7 @@ import re
 import sys
 import time
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 
 from bpe import BEGINS, BadInput, StreamDecoder, Tokenizer, chat_stops, cli, read_json, render_chat, replace_file
 from evaluate import continuations, number, pad, read_rows, reading, share
-from model import GPT, KVCache, newest_run, setup_process
+from model import GPT, KVCache, Sampling, newest_run, setup_process
 
 # -----------------------------------------------------------------------------
 # Search: beam search and contrastive search
@@ -133,7 +134,7 @@ def contrastive_search(model, prompts, max_new_tokens, alpha=0.6, top_k=4, stop=
 
     for each prompt a list of ids that ends before an id of `stop`. α = 0 is greedy.
     """
-    B, rows, k = len(prompts), torch.arange(len(prompts), device=model.device), top_k
+    B, rows, k = len(prompts), torch.arange(len(prompts), device=model.device), min(top_k, model.config.vocab_size)
     cache, new, x = prefill(model, prompts, max_new_tokens + 1)  # the last token is read too
     shared, ends = min(map(len, prompts)), torch.tensor(sorted(stop), device=x.device)
     past = F.pad(F.normalize(x.float(), dim=-1), (0, 0, 0, new))  # (B, T + new, C), of length 1
@@ -232,10 +233,8 @@ class Text(NamedTuple):
 
 
 def sampling(args):
-    """The flags that the engine takes."""
-    return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-                typical_p=args.typical_p, repetition_penalty=args.repetition_penalty,
-                presence_penalty=args.presence_penalty, compile=args.compile)
+    """The flags that say how a token is drawn."""
+    return {field.name: getattr(args, field.name) for field in fields(Sampling)}
 
 
 def stream_text(model, tokenizer, prompts, new, seeds, args, ends=(), stops=(), fresh=False):
@@ -245,7 +244,7 @@ def stream_text(model, tokenizer, prompts, new, seeds, args, ends=(), stops=(), 
     """
     streams, going = [TextStream(tokenizer, stops, fresh) for _ in prompts], set(range(len(prompts)))
     last = {*ends, *lone(tokenizer, stops)}
-    for news in model.stream(prompts, new, last, seed=list(seeds), **sampling(args)):
+    for news in model.stream(prompts, new, last, seed=list(seeds), compile=args.compile, **sampling(args)):
         for i, tokens, logprobs in news:
             for token, logprob in zip(tokens, logprobs):
                 if i in going and token not in ends:
@@ -459,13 +458,13 @@ def think(model, tokenizer, asked, args, seeds, ends):
     """
     T, new = model.config.block_size, args.max_new_tokens
     asker, zero = Asker(tokenizer, args, T), args.cot == "zero"
-    room = min(new, T // 2) + zero * 24  # of the second stage: its first words and 16 tokens
+    lead = (" " * (not args.chat) + STEPS) if args.cot in ("zero", "auto") else ""
+    second = len(tokenizer.encode(THEREFORE)) + 16 if zero else 0  # tokens of the second stage
+    room = len(tokenizer.encode(lead)) + min(new, T // 2) + second
     asked = [(question, asker.fitting(question, shots, room)) for question, shots in asked]
-    gap = "" if args.chat else " "
-    lead = gap + STEPS if args.cot in ("zero", "auto") else ""
     prompts = [asker.ids(*item, lead) for item in asked]
     stops = sorted({*args.stop, *(s for item in asked for s in asker.stops(*item))})
-    new = min(new, T - zero * 24 - max(map(len, prompts)))
+    new = min(new, T - second - max(map(len, prompts)))
     texts = writer(args)(model, tokenizer, prompts, new, seeds, args, ends, stops)
     if not zero:
         mark = "" if args.cot else "####"  # without a chain the answer comes first
@@ -790,6 +789,7 @@ def main_prompting(model, tokenizer, args, ends):
 
 def main():
     args = get_args()
+    Sampling(**sampling(args)).check()
     device = setup_process(args.device).device
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
@@ -804,6 +804,8 @@ def main():
     if args.load:
         raise BadInput("--load goes on with a chat, which needs a terminal and a model with a chat template, or --chat")
     ends = chat_stops(tokenizer) if args.chat else {tokenizer.eot} - {None}
+    if prompting and terminal:
+        raise BadInput("there is no question: give --prompt TEXT or --questions FILE")
     if prompting:
         return main_prompting(model, tokenizer, args, ends)
 

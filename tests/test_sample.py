@@ -33,7 +33,7 @@ def run_dir(tmp_path_factory):
     tokenizer = Tokenizer.train([TEXT], 280)
     model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, block_size=32, n_embd=32))
     init_weights(model)
-    model.head.weight.data.normal_(std=0.5)
+    model.head.weight.data.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
     save_run(out, model, {"tokenizer": tokenizer.spec()})
     tokenizer.save(out)
     return out
@@ -98,6 +98,7 @@ def test_several_samples_are_those_of_the_seeds_alone(run_dir):
     (["--prompt", "@missing"], "missing"), (["--min_p", "2"], "--min_p"), (["--typical_p", "0"], "--typical_p"),
     (["--repetition_penalty", "0"], "--repetition_penalty"), (["--stop", ""], "--stop"),
     (["--beams", "2", "--num_samples", "3"], "--beams"), (["--contrastive", "2"], "--contrastive"),
+    (["--contrastive", "0.5", "--top_k", "0"], "--top_k"),
     (["--choices", "a"], "--choices"), (["--choices", "a", "a"], "--choices"), (["--nearest"], "--shots_from"),
     (["--cot", "shots"], "--shots_from"), (["--cot", "auto"], "--questions"),
     (["--votes", "3", "--temperature", "0"], "--votes"), (["--questions", "missing.jsonl"], "missing.jsonl"),
@@ -108,6 +109,10 @@ def test_several_samples_are_those_of_the_seeds_alone(run_dir):
 def test_bad_input_is_one_sentence_and_status_two(run_dir, args, word):
     _, err = sample("--init", run_dir, "--prompt", "the", *args, check=2)
     assert err.splitlines()[-1].startswith("sample.py: error: ") and word in err
+
+
+def test_a_question_is_needed_before_it_can_be_answered(run_dir):
+    assert "--questions" in sample("--init", run_dir, "--votes", 2, terminal="", check=2)[1]
 
 
 def test_no_run_yet_says_how_to_make_one(tmp_path, monkeypatch):
@@ -161,9 +166,11 @@ def test_half_a_character_or_half_a_stop_string_is_not_shown():
 def test_stop_strings_cut_every_kind_of_text(run_dir):
     args = "--init", run_dir, "--prompt", "the", "--max_new_tokens", 25, "--temperature", 0
     for how in (), ("--num_samples", 2), ("--beams", 2), ("--contrastive", 0.4):
-        whole = sample(*args, *how)[0].splitlines()[-1]
+        whole = sample(*args, *how)[0].removeprefix("--- 1\n").split("\n--- 2\n")[0].removesuffix("\n")
         stop = whole[8:11]
-        assert sample(*args, *how, "--stop", stop, "never there")[0].splitlines()[-1] == whole[:whole.index(stop)], how
+        found = sample(*args, *how, "--stop", stop, "never there")[0].removeprefix("--- 1\n")
+        found = found.split("\n--- 2\n")[0].removesuffix("\n")
+        assert stop not in found[3:] and ("--beams" in how or found == whole[:whole.index(stop, 3)]), how
 
 
 def test_logprobs_are_those_of_the_whole_text_at_once(run_dir, run):
@@ -171,7 +178,7 @@ def test_logprobs_are_those_of_the_whole_text_at_once(run_dir, run):
     out, _ = sample("--init", run_dir, "--prompt", "the cat", "--max_new_tokens", 12, "--logprobs", "--temperature", 0)
     lines = re.findall(r"^ +(-\d+\.\d{4})  (.*)$", out, re.MULTILINE)
     prompt = [tokenizer.eot] + tokenizer.encode("the cat")
-    ids = model.generate([prompt], 12, temperature=0)[0][0]
+    ids = model.generate([prompt], 12, [tokenizer.eot], temperature=0)[0][0]
     logits = model(torch.tensor([prompt + ids]))[0][0, len(prompt) - 1:-1]
     logp = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
     assert [float(logprob) for logprob, _ in lines] == pytest.approx([*logp, sum(logp)], abs=1e-3)
@@ -397,7 +404,7 @@ def chat_dir(tmp_path_factory):
     tokenizer.chat = {"template": "chatml", "system": None}
     model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, block_size=64, n_embd=32))
     init_weights(model)
-    model.head.weight.data.normal_(std=0.5)
+    model.head.weight.data.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
     save_run(out, model, {"tokenizer": tokenizer.spec()})
     tokenizer.save(out)
     return out

@@ -12,13 +12,18 @@ Sampling: what to do with a trained model's next-token distribution, from one li
     python sample.py --prompt "Tom has 3 pens and buys 4. How many?" --cot zero --chat --votes 5
     python sample.py --questions test.jsonl --shots_from train.jsonl --nearest  # accuracy, a JSON line a question
 
+    python sample.py --init out/big --draft out/small    # guessed by one model, checked by the other: exact and faster
+    python sample.py --init out/big --train_medusa 500   # heads that let a model guess for itself: --draft medusa
+
 The engine (cache, recorded steps, the order of penalties and cuts) is model.py's; here is what is only about decoding.
-Papers: beam search with length penalty, Wu et al. 2016; contrastive search, Su et al. 2022; chain of thought, Wei et
-al. 2022; "Let's think step by step", Kojima et al. 2022; Auto-CoT, Zhang et al. 2022; self-consistency, Wang et al.
-2022; demonstrations by nearest neighbour, Liu et al. 2021.
+Papers: beam search with length penalty, Wu et al. 2016; contrastive search, Su et al. 2022; speculative decoding,
+Leviathan et al. 2023, Chen et al. 2023; blockwise parallel decoding, Stern et al. 2018; Medusa, Cai et al. 2024; chain of
+thought, Wei et al. 2022; "Let's think step by step", Kojima et al. 2022; Auto-CoT, Zhang et al. 2022;
+self-consistency, Wang et al. 2022; demonstrations by nearest neighbour, Liu et al. 2021.
 """
 import argparse
 import contextlib
+import heapq
 import importlib
 import itertools
 import json
@@ -32,11 +37,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-from bpe import BEGINS, BadInput, StreamDecoder, Tokenizer, chat_stops, cli, read_json, render_chat, replace_file
+from bpe import (BEGINS, BadInput, StreamDecoder, Tokenizer, chat_stops, cli, read_json, read_pieces, render_chat,
+                 replace_file)
 from evaluate import continuations, number, pad, read_rows, reading, share
-from model import GPT, KVCache, Sampling, newest_run, setup_process
+from model import (GPT, Decoder, KVCache, Linear, Sampling, invert, kv_cache_bytes, linear_cross_entropy,
+                   load_safetensors, newest_run, process_logits, save_safetensors, setup_process, uniform)
 
 # -----------------------------------------------------------------------------
 # Search: beam search and contrastive search
@@ -193,6 +201,488 @@ def choose(logp, temperature=0.0, seeds=(0,)):
 
 
 # -----------------------------------------------------------------------------
+# Speculative decoding: something cheap guesses the next ids, the model checks them all in one forward pass
+
+
+def accept_exactly(q, p, drafted, u, u_last):
+    """
+    Keep a prefix of the drafted ids (B, k) and draw the id after it, so that all are distributed as if the model had
+    drawn them alone (Leviathan et al. 2023, algorithm 1; Chen et al. 2023):
+
+        keep x_i with probability min(1, q_i(x_i) / p_i(x_i)); after the first that is not kept draw from
+        norm(max(0, q_i - p_i)), after all of them from q_{k+1}
+
+    q (B, k + 1, V) the model's probabilities at each place, p (B, k, V) those the ids were really drawn from, None
+    where there was no draw; u (B, k), u_last (B,) in [0, 1). Returns (how many are kept (B,), the id after them (B,)).
+    """
+    k, V = drafted.shape[1], q.shape[2]
+    p = F.one_hot(drafted, V).to(q.dtype) if p is None else p
+    mine, theirs = (z.gather(2, drafted.unsqueeze(2)).squeeze(2) for z in (q[:, :k], p))
+    count = (u * theirs < mine).long().cumprod(1).sum(1)
+    here = count[:, None, None].expand(-1, 1, V)
+    last = q.gather(1, here).squeeze(1)
+    rest = (last - F.pad(p, (0, 0, 0, 1)).gather(1, here).squeeze(1)).clamp(min=0)
+    rest = torch.where(rest.sum(1, keepdim=True) > 0, rest, last)  # q = p, but for rounding
+    return count, invert(rest, u_last)
+
+
+def look_up(ids, n, k, longest=3):
+    """
+    Guess that the text goes on as it did before (prompt lookup): the k ids behind the latest earlier place of the last
+    `longest` ids, or of the last fewer. ids (B, S), of which n (B,) are known. Returns (B, k).
+    """
+    start = n - 1  # nothing like it: any guess
+    for size in range(1, longest + 1):
+        tail = ids.gather(1, (n[:, None] + torch.arange(-size, 0, device=ids.device)).clamp(min=0))
+        windows = ids.unfold(1, size, 1)  # (B, S - size + 1, size)
+        place = torch.arange(windows.shape[1], device=ids.device)
+        same = (windows == tail[:, None]).all(2) & (place < n[:, None] - size)
+        latest = torch.where(same, place, -1).amax(1)
+        start = torch.where(latest >= 0, latest + size, start)
+    return ids.gather(1, (start[:, None] + torch.arange(k, device=ids.device)).clamp(max=ids.shape[1] - 1))
+
+
+def accept_greedily(logits, nodes, tree, **_):
+    """Keep a node that its parent's logits find the likeliest. logits (B, N, V), nodes (B, N) ids -> (B, N) bool."""
+    return nodes == logits.argmax(-1)[:, tree.parent]
+
+
+def accept_typically(logits, nodes, tree, epsilon=0.09, delta=0.3):
+    """
+    Keep a node whose probability under its parent exceeds min(ε, δ exp(-H)), H the entropy there (Cai et al. 2024,
+    Medusa, 2.3.1; δ = sqrt(ε)). Not the model's own distribution: text that it finds likely enough.
+    """
+    logp = logits.log_softmax(-1)
+    limit = (delta * (logp.exp() * logp).nansum(-1).exp()).clamp(max=epsilon)  # exp(-H)
+    mine = logp[:, tree.parent].gather(2, nodes.unsqueeze(2)).squeeze(2)
+    return mine.exp() > limit[:, tree.parent]
+
+
+class Tree:
+    """
+    Guesses that share their beginnings, checked in one forward pass with a mask that shows each node its ancestors
+    alone (Miao et al. 2023; Medusa, 2.1.2). paths: the ranks that lead to each node, such as [[0], [1], [0, 0]]: the
+    first head's two likeliest ids, and behind the first of them the second head's likeliest.
+    """
+
+    def __init__(self, paths, device):
+        paths = sorted({tuple(path[:i + 1]) for path in paths for i in range(len(path))}, key=lambda p: (len(p), p))
+        nodes = [()] + paths  # the root is the id that is already sure
+        place = {path: i for i, path in enumerate(nodes)}
+        leaves = [path for path in nodes if not any(other[:-1] == path and other for other in nodes)]
+        deepest = max(map(len, nodes))
+        def tensor(z): return torch.tensor(z, device=device)
+        self.depth = tensor([len(path) for path in nodes])
+        self.sees = tensor([[other == path[:len(other)] for other in nodes] for path in nodes])
+        self.parent = tensor([0] + [place[path[:-1]] for path in paths])
+        self.head = tensor([len(path) - 1 for path in paths])  # which head and rank guesses a node
+        self.rank = tensor([path[-1] for path in paths])
+        self.leaves = tensor([[place[leaf[:min(i, len(leaf))]] for i in range(deepest + 1)] for leaf in leaves])
+        self.real = tensor([[0 < i <= len(leaf) for i in range(deepest + 1)] for leaf in leaves])
+        self.width = max((path[-1] for path in paths), default=0) + 1  # ranks in use
+
+    def longest(self, kept):
+        """kept (B, N) -> the nodes of the path that goes furthest (B, deepest + 1), and how far it goes (B,)."""
+        ways = (kept[:, self.leaves] & self.real)[:, :, 1:].long().cumprod(2).sum(2)
+        count, best = ways.max(1)
+        return self.leaves[best], count
+
+
+class Speculator:
+    """
+    Rows that a model continues a round at a time: guess, check, keep. Each row keeps a number of its own, and nothing
+    waits for the host, so a round is recorded as one CUDA graph. ids (B, S) holds every row's text, of which n (B,) are
+    sure; the cache holds all of them but the last.
+    """
+
+    def __init__(self, model, drafter, batch, size, stop, k, sampling, compile):
+        self.model, self.drafter, self.sampling, device = model, drafter, sampling, model.device
+        self.heads = drafter if isinstance(drafter, MedusaHeads) else None
+        self.tree = self.heads.tree if self.heads else Tree([[0] * (i + 1) for i in range(k)], device)
+        self.k = len(self.tree.depth) - 1
+        self.target = Decoder(model, batch, size, sampling, compile)
+        self.draft = Decoder(drafter, batch, size, sampling, compile) if isinstance(drafter, GPT) else None
+        self.ids = torch.zeros(batch, size + self.k + 1, dtype=torch.long, device=device)
+        self.logp = torch.zeros(self.ids.shape, device=device)
+        self.stop = torch.tensor(sorted(stop), device=device, dtype=torch.long)
+        # ids that are sure, where the row ends; rounds, guesses kept, numbers drawn from the row's stream
+        self.n, self.limit, self.rounds, self.kept, self.drawn = (self.target.seeds.clone() for _ in range(5))
+        self.done = torch.zeros(batch, dtype=torch.bool, device=device)
+        # the state that told the last sure id, from which the heads guess
+        self.hidden = torch.zeros(batch, model.config.n_embd, device=device, dtype=model.compute_dtype)
+        self.compile, self.graph = compile, None
+
+    def start(self, rows, new, seeds):
+        """Prefill, and the first new id of each row."""
+        device = self.n.device
+        for d in filter(None, (self.target, self.draft)):
+            d.cache.tree, d.cache.static = None, False
+            hidden = d.prefill(rows)
+            if d is self.target:
+                self.hidden.copy_(hidden)
+            d.cache.even, d.cache.static = False, device.type == "cuda"
+            d.cache.compiled = self.compile and d.model.fuses(2)
+        self.target.seeds.copy_(torch.tensor(seeds))
+        self.target.drawn.zero_()
+        self.target.choose()
+        for i, row in enumerate(rows):
+            self.ids[i, :len(row)] = torch.tensor(row, device=device)
+        for t in (self.rounds, self.kept, self.drawn, self.done):
+            t.zero_()
+        lengths = torch.tensor([*map(len, rows)], device=device)
+        self.n.copy_(lengths)
+        self.limit.copy_(lengths + new)
+        fixed = self.n, self.drawn, self.done
+        self.append(self.target.token[:, None], self.target.logprob[:, None], torch.zeros_like(lengths), 1)
+        for t, now in zip(fixed, (self.n, self.drawn, self.done)):  # a recorded graph knows these tensors
+            t.copy_(now)
+        self.n, self.drawn, self.done = fixed
+
+    def append(self, ids, logp, count, draws):
+        """The first count + 1 of ids (B, m) are sure now, in rows that are not done."""
+        m = torch.arange(ids.shape[1], device=ids.device)
+        at, there = self.n[:, None] + m, m <= count[:, None]
+        self.ids.scatter_(1, at, ids)
+        self.logp.scatter_(1, at, logp)
+        stops = torch.isin(ids, self.stop) & there
+        self.n, live = torch.where(self.done, self.n, (self.n + count + 1).minimum(self.limit)), ~self.done
+        self.drawn = self.drawn + draws * live
+        self.done = self.done | stops.any(1) | (self.n >= self.limit)
+        return live
+
+    def counts(self, nodes):
+        """How often each id stands in the text of each node, (B, N, V); None where no penalty asks."""
+        if self.target.seen is None:
+            return None
+        new = F.one_hot(nodes[:, 1:], self.target.seen.shape[1])  # the root is counted already
+        return self.target.seen[:, None] + torch.einsum("nm,bmv->bnv", self.tree.sees[:, 1:].long(), new)
+
+    def propose(self, u):
+        """Guesses for all nodes but the root (B, k), and what they were drawn from (B, k, V) or None."""
+        if self.heads:
+            guesses = self.heads(self.hidden, self.model).topk(self.tree.width, -1).indices  # (B, heads, ranks)
+            return guesses[:, self.tree.head, self.tree.rank], None
+        if self.draft is None:
+            return look_up(self.ids, self.n, self.k), None
+        cache, ids, chances = self.draft.cache, [], []
+        # the last two again: the draft has not seen the last but one where all of its guesses were kept
+        last = self.ids.gather(1, self.n[:, None] + torch.arange(-2, 0, device=self.n.device))
+        cache.pos.copy_(self.n - 2)
+        cache.bound = 0 if cache.static else int(self.n.max()) - 2
+        seen = self.target.seen
+        for i in range(self.k):
+            logits = self.drafter.logits(self.drafter.trunk(last, cache=cache)[:, -1])
+            logits = process_logits(logits, seen, **vars(self.sampling))
+            chances.append(logits.softmax(-1))
+            ids.append(logits.argmax(-1) if self.sampling.temperature == 0 else invert(chances[-1], u[:, i]))
+            seen = None if seen is None else seen + F.one_hot(ids[-1], seen.shape[1]).int()
+            last = ids[-1][:, None]
+        return torch.stack(ids, 1), None if self.sampling.temperature == 0 else torch.stack(chances, 1)
+
+    def round(self):
+        k, tree, cache, B = self.k, self.tree, self.target.cache, len(self.n)
+        u = uniform(self.target.seeds[:, None], self.drawn[:, None] + torch.arange(2 * k + 1, device=self.n.device))
+        guesses, chances = self.propose(u[:, :k])
+        nodes = torch.cat((self.ids.gather(1, self.n[:, None] - 1), guesses), 1)
+        cache.tree = tree.depth, tree.sees
+        cache.pos.copy_(self.n - 1)
+        cache.bound = 0 if cache.static else int(self.n.max()) - 1
+        x = self.model.trunk(nodes, cache=cache)  # (B, k + 1, C)
+        logits = self.model.logits(x)
+        processed = process_logits(logits, self.counts(nodes), **vars(self.sampling))
+        if self.heads:
+            accept = accept_greedily if self.sampling.temperature == 0 else accept_typically
+            way, count = tree.longest(accept(processed, nodes, tree))
+            last = processed.argmax(-1).gather(1, way.gather(1, count[:, None])).squeeze(1)
+        else:
+            q = processed.softmax(-1)
+            q = F.one_hot(processed.argmax(-1), q.shape[2]).to(q.dtype) if self.sampling.temperature == 0 else q
+            count, last = accept_exactly(q, chances, guesses, u[:, k:2 * k], u[:, 2 * k])
+            way = tree.leaves.expand(B, -1)
+        new = nodes.gather(1, way).roll(-1, 1).scatter(1, count[:, None], last[:, None])
+        raw = logits if self.sampling.temperature in (0, 1) else logits / self.sampling.temperature
+        raw = raw.gather(1, way.unsqueeze(2).expand(-1, -1, raw.shape[2]))
+        logp = raw.gather(2, new.unsqueeze(2)).squeeze(2) - raw.logsumexp(2)
+        cache.pos.copy_(self.n - 1)
+        cache.move(way, count + 1)
+        self.hidden = x.gather(1, way.gather(1, count[:, None]).unsqueeze(2).expand(-1, -1, x.shape[2])).squeeze(1)
+        if self.target.seen is not None:
+            there = torch.arange(new.shape[1], device=new.device) <= count[:, None]
+            self.target.seen += (F.one_hot(new, logits.shape[2]) * there.unsqueeze(2)).sum(1).int()
+        live = self.append(new, logp, count, 2 * k + 1)
+        self.rounds, self.kept = self.rounds + live, self.kept + count * live
+
+    def step(self):
+        """One round; on CUDA a replay of the recorded graph."""
+        if self.n.device.type != "cuda":
+            return self.round()
+        if self.graph is None:
+            self.record()
+        self.graph.replay()
+
+    def record(self):
+        """A graph of the round over fixed tensors: what the round assigns is copied back into them."""
+        fixed = {name: getattr(self, name) for name in "ids logp n done drawn rounds kept hidden".split()}
+        seen = [t for t in (self.target.seen,) if t is not None]
+        before = [t.clone() for t in (*fixed.values(), *seen)]
+
+        def body():
+            self.round()
+            for name, t in fixed.items():
+                if getattr(self, name) is not t:
+                    t.copy_(getattr(self, name))
+                    setattr(self, name, t)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                body()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        for t, value in zip((*fixed.values(), *seen), before):
+            t.copy_(value)
+        with torch.cuda.graph(self.graph):
+            body()
+        for t, value in zip((*fixed.values(), *seen), before):
+            t.copy_(value)
+
+
+@torch.inference_mode()
+def speculate(model, drafter, prompts, max_new_tokens=100, stop=(), k=4, seed=0, compile=False, poll=None, stats=None,
+              **sampling):
+    """
+    model.stream with guesses: iterates over lists of (number of the prompt, new ids, their log-probabilities). drafter:
+    a smaller GPT of the same vocabulary, "ngram" (look_up), or MedusaHeads. k: ids guessed a round (Medusa: its tree).
+    A draft model and n-grams leave the distribution as it is; Medusa's heads do at temperature 0, and above it keep
+    typical ids. stats, a dict, receives rounds and kept. Arguments else as in GPT.stream.
+    """
+    settings = Sampling(**sampling)
+    settings.check()
+    rows = [list(map(int, p)) for p in prompts]
+    if not rows or min(map(len, rows)) == 0:
+        raise BadInput("the prompt is empty: give at least one token, for example <|endoftext|>")
+    if isinstance(drafter, GPT) and drafter.config.vocab_size != model.config.vocab_size:
+        raise BadInput(f"--draft: the draft model has {drafter.config.vocab_size} tokens, the model "
+                       f"{model.config.vocab_size}: both need the same tokenizer")
+    nodes = len(drafter.tree.depth) if isinstance(drafter, MedusaHeads) else k + 1
+    for m in (model, drafter) if isinstance(drafter, GPT) else (model,):
+        if max(map(len, rows)) + max_new_tokens + nodes > m.config.block_size:
+            raise BadInput(f"speculative decoding stays inside the context: {max(map(len, rows))} tokens, "
+                           f"{max_new_tokens} new and {nodes} guessed are more than {m.config.block_size}; lower "
+                           f"--max_new_tokens or leave --draft out")
+    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed + i for i in range(len(rows))]
+    training, stop, told = model.training, set(stop), [*map(len, rows)]
+    model.eval()
+    try:
+        size = 64 * -(-(max(map(len, rows)) + max_new_tokens + nodes) // 64)
+        key = (drafter, getattr(drafter, "tree", k), len(rows), size, tuple(sorted(stop)), settings, compile)
+        kept, s = getattr(model, "speculator", (None, None))
+        if kept != key:
+            s = Speculator(model, drafter, len(rows), size, stop, k, settings, compile)
+            if model.device.type == "cuda":  # recording a round takes a while, as in GPT.decoder
+                model.speculator = key, s
+        s.start(rows, max_new_tokens, seeds)
+        poll = poll or (8 if model.device.type == "cuda" else 1)
+        while True:
+            n, done = s.n.tolist(), s.done.tolist()
+            ids, logp, news = s.ids.tolist(), s.logp.tolist(), []
+            for i, (start, end) in enumerate(zip(told, n)):
+                row = ids[i][start:end]
+                cut = next((j + 1 for j, token in enumerate(row) if token in stop), len(row))
+                if cut:
+                    news.append((i, row[:cut], logp[i][start:start + cut]))
+                told[i] = end
+            if stats is not None:
+                stats |= {"rounds": int(s.rounds.sum()), "kept": int(s.kept.sum()), "guesses": s.tree.real.shape[1] - 1}
+            yield news
+            if all(done):
+                return
+            for _ in range(poll):
+                s.step()
+    finally:
+        model.train(training)
+
+
+def speculative_generate(model, drafter, prompts, max_new_tokens=100, stop=(), **arguments):
+    """speculate, collected as GPT.generate does: (new ids of each prompt, their log-probabilities)."""
+    tokens, logprobs, stop = [[] for _ in prompts], [[] for _ in prompts], set(stop)
+    for news in speculate(model, drafter, prompts, max_new_tokens, stop, **arguments):
+        for i, row, logp in news:
+            ends = bool(row) and row[-1] in stop
+            tokens[i] += row[:len(row) - ends]
+            logprobs[i] += logp[:len(row) - ends]
+    return tokens, logprobs
+
+
+# -----------------------------------------------------------------------------
+# Medusa: the model guesses itself, by small heads for the ids after the next
+
+
+class MedusaHeads(nn.Module):
+    """
+    Head i guesses the id after the next i + 1 from the last hidden state h (Cai et al. 2024, Medusa, 2.1.1):
+
+        h_i = h + silu(W_i h + b_i),    logits_i = the model's own head of h_i,    W_i, b_i from 0
+
+    Blockwise parallel decoding (Stern et al. 2018) is the case of one guess a head: paths [[0], [0, 0], …].
+    """
+
+    def __init__(self, width, heads=4, device="cpu"):
+        super().__init__()
+        self.layers = nn.ModuleList(Linear(width, width) for _ in range(heads)).to(device)
+        for layer in self.layers:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.grow([[0.5 ** (r + 1) for r in range(4)]] * heads)
+
+    def states(self, h):
+        """(..., C) -> (..., heads, C)"""
+        return torch.stack([h + F.silu(layer(h)) for layer in self.layers], -2)
+
+    def forward(self, h, model):
+        return model.logits(self.states(h))
+
+    def grow(self, accuracy, nodes=24, paths=None):
+        """
+        The tree of the `nodes` paths likeliest to be right, where head i's guess of rank r is right in a share
+        accuracy[i][r] of places; or of the given paths.
+        """
+        if paths is None:
+            paths, heap = [], [(-p, [r]) for r, p in enumerate(accuracy[0])]
+            heapq.heapify(heap)
+            while heap and len(paths) < nodes:
+                value, path = heapq.heappop(heap)
+                paths.append(path)
+                if len(path) < len(accuracy):
+                    for r, p in enumerate(accuracy[len(path)]):
+                        heapq.heappush(heap, (value * p, path + [r]))
+        self.accuracy, self.tree = accuracy, Tree(paths, self.layers[0].weight.device)
+
+    def save(self, path):
+        save_safetensors({**self.state_dict(), "accuracy": torch.tensor(self.accuracy)}, path)
+
+    @staticmethod
+    def load(path, model, nodes=24, chain=False):
+        """Heads beside the run of a model; BadInput where there are none or they are another model's."""
+        path = Path(path)
+        if not path.exists():
+            raise BadInput(f"--draft medusa: there is no {path}; make it with --train_medusa 500")
+        tensors = load_safetensors(path)
+        accuracy = tensors.pop("accuracy").tolist()
+        C, n = model.config.n_embd, len(tensors) // 2
+        if any(t.shape[0] != C for t in tensors.values()):
+            raise BadInput(f"--draft medusa: the heads in {path} are {next(iter(tensors.values())).shape[0]} wide, the "
+                           f"model {C}: train them again with --train_medusa 500")
+        heads = MedusaHeads(C, n, model.device)
+        heads.load_state_dict(tensors)
+        heads.requires_grad_(False).to(model.compute_dtype)
+        heads.grow(accuracy, nodes, [[0] * (i + 1) for i in range(n)] if chain else None)
+        return heads
+
+
+def medusa_loss(model, heads, idx, decay=0.8):
+    """
+    Σ_i λ^i of head i's cross-entropy, in nats a token, λ = decay, over idx (B, T); the model is frozen.
+    """
+    with torch.no_grad():
+        h = model.trunk(idx)
+    states, loss = heads.states(h), 0.0
+    for i in range(len(heads.layers)):
+        x = model.features(states[:, :-2 - i, i]).flatten(0, 1)
+        loss = loss + decay ** i * linear_cross_entropy(x, model.head_weight.detach(), idx[:, 2 + i:].flatten(),
+                                                        model.config.vocab_size, softcap=model.config.softcap)
+    return loss
+
+
+@torch.no_grad()
+def medusa_accuracy(model, heads, idx, ranks=10):
+    """accuracy[i][r]: the share of places of idx (B, T) where head i's guess of rank r is right."""
+    h, table = model.trunk(idx), []
+    for i, layer in enumerate(heads.layers):
+        hits = torch.zeros(ranks, device=h.device)
+        for row, target in zip(h[:, :-2 - i], idx[:, 2 + i:]):  # one row's logits at a time
+            guesses = model.logits(row + F.silu(layer(row))).topk(ranks, -1).indices
+            hits += (guesses == target[:, None]).sum(0)
+        table.append((hits / idx[:, 2 + i:].numel()).tolist())
+    return table
+
+
+def train_medusa(model, heads, rows, steps, lr=1e-3, batch=16, seed=0, say=print):
+    """
+    Train the heads on rows (N, T) of ids, an eighth of which is kept back to count what they get right, and grow the
+    tree from that. AdamW with a linear fall.
+    """
+    held = rows[:max(1, len(rows) // 8)].to(model.device)
+    rows = rows[len(held):] if len(rows) > 1 else rows
+    optimizer = torch.optim.AdamW(heads.parameters(), lr, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - step / steps)
+        pick = torch.randint(len(rows), (batch,), generator=generator)
+        loss = medusa_loss(model, heads, rows[pick].to(model.device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % max(1, steps // 10) == 0:
+            say(f"step {step + 1}/{steps}  loss {loss.item():.4f}", flush=True)
+    heads.grow(medusa_accuracy(model, heads, held))
+    for i, row in enumerate(heads.accuracy):
+        say(f"head {i + 1}: the id after the next {i + 1} is its first guess at {row[0]:.1%}, among five at "
+            f"{sum(row[:5]):.1%}")
+
+
+# -----------------------------------------------------------------------------
+# How close to the memory's speed
+
+
+def read_bandwidth(device, size=2 ** 28):
+    """Bytes per second that a sum over `size` bytes reads, the best of five."""
+    x, best = torch.ones(size // 4, device=device), 0.0
+    for _ in range(5):
+        wait(device)
+        start = time.perf_counter()
+        x.sum()
+        wait(device)
+        best = max(best, size / (time.perf_counter() - start))
+    return best
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bytes_per_step(model, rows, held):
+    """Bytes that one step reads for `rows` rows of `held` tokens each: every weight once, each row's keys and values."""
+    c = model.config
+    tables = ["wpe.weight"] + ["wte.weight"] * (not c.tied)  # of which only some rows are read
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())  # buffers: quantized weights
+    weights = sum(t.numel() * t.element_size() for name, t in tensors if name not in tables)
+    return weights + kv_cache_bytes(c, rows, held, torch.tensor([], dtype=model.compute_dtype).element_size())
+
+
+def roofline(model, prompts, prefill, decode, made, args):
+    """
+    One line: tokens/s of the prompts and of what was decoded (`made` ids in `decode` seconds), the bytes that a token
+    took, and the bandwidth that this needs, also as a share of what a plain sum over memory reaches here.
+    """
+    total, rows, guesses = sum(map(len, prompts)), len(prompts), ""
+    steps = made / rows
+    if args.drafter and made:
+        rounds, kept = args.guessed["rounds"], args.guessed["kept"]
+        steps, guesses = rounds / rows, f", {kept / rounds:.2f} of {args.guessed['guesses']} guesses kept a round"
+    line = f"prefill {total / prefill:,.0f} tokens/s; {made + rows} tokens, {made / max(decode, 1e-9):,.0f} tokens/s"
+    if not made:
+        return line
+    moved, best = bytes_per_step(model, rows, (total + made / 2) / rows), read_bandwidth(model.device)
+    rate = moved * steps / decode
+    return (f"{line}{guesses}; {moved * steps / made / 1e6:,.1f} MB a token, {rate / 1e9:,.1f} GB/s, {rate / best:.0%} of "
+            f"the {best / 1e9:,.1f} that a sum reads here")
+
+
+# -----------------------------------------------------------------------------
 # Text as it comes
 
 
@@ -243,8 +733,17 @@ def stream_text(model, tokenizer, prompts, new, seeds, args, ends=(), stops=(), 
     row's last piece with no id. A row ends before an id of `ends` and before a string of `stops`.
     """
     streams, going = [TextStream(tokenizer, stops, fresh) for _ in prompts], set(range(len(prompts)))
-    last = {*ends, *lone(tokenizer, stops)}
-    for news in model.stream(prompts, new, last, seed=list(seeds), compile=args.compile, **sampling(args)):
+    last, start, began, made = {*ends, *lone(tokenizer, stops)}, time.perf_counter(), None, 0
+    settings = dict(seed=list(seeds), compile=args.compile, **sampling(args))
+    if args.drafter:
+        args.guessed = {}
+        events = speculate(model, args.drafter, prompts, new, last, args.draft_k, stats=args.guessed, **settings)
+    else:
+        events = model.stream(prompts, new, last, **settings)
+    for news in events:
+        made += sum(len(tokens) for _, tokens, _ in news) if began else 0
+        began = began or time.perf_counter()
+        args.timing = began - start, time.perf_counter() - began, made
         for i, tokens, logprobs in news:
             for token, logprob in zip(tokens, logprobs):
                 if i in going and token not in ends:
@@ -700,6 +1199,15 @@ def get_args(argv=None):
     add("--contrastive", type=float, metavar="ALPHA", help="contrastive search among the --top_k (default: 4)")
     add("--choices", nargs="+", metavar="TEXT", help="pick one of these")
 
+    add = parser.add_argument_group("speculative decoding").add_argument
+    add("--draft", metavar="RUN", help="who guesses: a smaller run with the same tokenizer; ngram, the text so far; "
+                                       "medusa, heads from --train_medusa; blockwise, their first guesses alone")
+    add("--draft_k", type=int, default=3, help="ids that a run or ngram guesses at a time")
+    add("--medusa_nodes", type=int, default=24, help="guesses in Medusa's tree")
+    add("--medusa_heads", type=int, default=4)
+    add("--train_medusa", type=int, metavar="STEPS", help="train the heads on the frozen model and save them beside it")
+    add("--medusa_text", metavar="FILE", help="what to train them on (default: what the model writes by itself)")
+
     add = parser.add_argument_group("prompting").add_argument
     add("--questions", metavar="FILE", help='JSONL {"prompt" or "question", "answer"}: answer each, print the accuracy')
     add("--limit", type=int, default=0, help="only the first questions of the file; 0: all")
@@ -718,6 +1226,7 @@ def get_args(argv=None):
     add("--load", metavar="FILE", help="go on with a chat that /save wrote")
     args = parser.parse_args(argv)
     args.stop = [s.replace("\\n", "\n") for s in args.stop]
+    args.drafter = args.timing = None  # what --draft loads; seconds of prefill and decoding, ids decoded
     args.early_stopping = {"false": False, "true": True, "never": "never"}[args.early_stopping]
     if args.temperature is None:
         args.temperature = 0.0 if args.choices or args.questions and not args.votes else 0.8
@@ -729,7 +1238,7 @@ def check_args(args):
     for name in "max_new_tokens", "beams", "limit", "votes":
         if getattr(args, name) < 0:
             raise BadInput(f"--{name} {getattr(args, name)} is negative: give 0 or more")
-    for name in "num_samples", "shots", "rows":
+    for name in "num_samples", "shots", "rows", "draft_k", "medusa_nodes", "medusa_heads":
         if getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: give 1 or more")
     if args.beams and args.num_samples > args.beams:
@@ -746,6 +1255,41 @@ def check_args(args):
         raise BadInput("--choices needs two strings or more, each once and none empty")
     if "" in args.stop:
         raise BadInput("--stop has an empty string, which is everywhere: leave it out")
+
+
+def load_drafter(init, model, tokenizer, args):
+    """What --draft names, for speculate; None without it."""
+    if args.draft in ("medusa", "blockwise"):
+        return MedusaHeads.load(Path(init) / "medusa.safetensors", model, args.medusa_nodes, args.draft == "blockwise")
+    if args.draft in (None, "ngram"):
+        return args.draft
+    theirs = Tokenizer.from_pretrained(args.draft)
+    if theirs.token_bytes() != tokenizer.token_bytes():
+        raise BadInput(f"--draft {args.draft} has another tokenizer than {init}: both must be trained with the same")
+    return GPT.from_pretrained(args.draft, model.device, model.compute_dtype)
+
+
+def main_medusa(init, model, tokenizer, args):
+    """--train_medusa: rows of a text, or of the model's own, and heads from them."""
+    if not Path(init).is_dir():
+        raise BadInput(f"--train_medusa saves the heads beside the model, but {init} is no folder: import it first with "
+                       f"python model.py import {init} --out out/model")
+    T, rows = min(256, model.config.block_size), 256
+    if args.medusa_text:
+        ids = tokenizer.encode("".join(itertools.islice(read_pieces([args.medusa_text]), 8)))  # 8 MB
+        rows = torch.tensor(ids[:len(ids) // T * T]).view(-1, T)
+    else:
+        print(f"writing {rows} rows of {T} tokens", flush=True)
+        own = [beginning(tokenizer) or [0]] * rows
+        new, _ = model.generate(own, T, slots=64, temperature=args.temperature, compile=args.compile)
+        rows = torch.tensor([a + b for a, b in zip(own, new)])[:, :T]
+    if len(rows) < 2:
+        raise BadInput(f"--medusa_text {args.medusa_text} has less than {2 * T} tokens: give more text")
+    heads = MedusaHeads(model.config.n_embd, args.medusa_heads, model.device)
+    model.requires_grad_(False).train()
+    train_medusa(model, heads, rows, args.train_medusa, seed=args.seed)
+    heads.save(Path(init) / "medusa.safetensors")
+    print(f"{Path(init) / 'medusa.safetensors'}: python sample.py --init {init} --draft medusa")
 
 
 def read_prompt(args):
@@ -796,6 +1340,9 @@ def main():
     init = args.init or newest_run()
     tokenizer = Tokenizer.from_pretrained(init)
     model = GPT.from_pretrained(init, device, getattr(torch, args.dtype))
+    if args.train_medusa:
+        return main_medusa(init, model, tokenizer, args)
+    args.drafter = load_drafter(init, model, tokenizer, args)
     terminal = args.prompt is None and not args.questions and sys.stdin is not None and sys.stdin.isatty()
     prompting = args.questions or args.shots_from or args.cot or args.votes or args.choices
     if terminal and not prompting and (tokenizer.chat if args.chat is None else args.chat):
@@ -835,8 +1382,10 @@ def main():
             print(shown + text.text)
         if args.logprobs:
             show_logprobs(tokenizer, text)
-    count = sum(len(text.ids) for text in texts)
-    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
+    if args.timing is None:
+        count = sum(len(text.ids) for text in texts)
+        return print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
+    print(roofline(model, [prompt] * args.num_samples, *args.timing, args), file=sys.stderr)
 
 
 def show_logprobs(tokenizer, text):

@@ -20,8 +20,8 @@ import data
 import sample as sample_room
 from bpe import BadInput, Tokenizer, chat_stops, cli, render_chat
 from conftest import ROOT
-from model import GPT, GPTConfig, init_weights, save_run
-from sample import Solved, TextStream
+from model import GPT, GPTConfig, init_weights, process_logits, save_run
+from sample import MedusaHeads, Solved, TextStream, accept_exactly, speculative_generate
 
 TEXT = "the cat sat on the mat, naïve 你好 and 993-7=986. " * 30
 
@@ -524,3 +524,188 @@ def test_control_c_in_a_real_terminal(chat_dir):
     finally:
         process.kill()
         os.close(ours)
+
+
+# speculative decoding
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
+STYLES = [dict(), dict(pos="alibi"), dict(pos="learned"), dict(attn="window", window=6)]
+
+
+def make(seed=0, **kwargs):
+    """A small model with noise on every weight."""
+    model = GPT(GPTConfig(**{**dict(block_size=128, vocab_size=50, n_layer=2, n_head=2, n_embd=32), **kwargs}))
+    init_weights(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+def drafter(name, model, style):
+    if name not in ("medusa", "blockwise"):
+        return {"small": make(1, n_layer=1, **style), "itself": model, "ngram": "ngram"}[name]
+    heads, torch_seed = MedusaHeads(32, 3), torch.Generator().manual_seed(0)
+    for layer in heads.layers:
+        layer.weight.data.normal_(std=0.3, generator=torch_seed)
+    heads.grow(heads.accuracy, 12, [[0], [0, 0], [0, 0, 0]] if name == "blockwise" else None)
+    return heads
+
+
+@pytest.mark.parametrize("name", ["small", "ngram", "itself", "medusa", "blockwise"])
+@pytest.mark.parametrize("style", STYLES, ids=str)
+def test_greedy_text_with_guesses_is_greedy_text(name, style):
+    model = make(**style)
+    guess, stats = drafter(name, model, style), {}
+    texts, logprobs = model.generate(PROMPTS, 40, temperature=0)
+    got, got_logprobs = speculative_generate(model, guess, PROMPTS, 40, temperature=0, stats=stats)
+    assert got == texts
+    for a, b in zip(logprobs, got_logprobs):
+        assert a == pytest.approx(b, abs=1e-4)
+    if name == "itself":  # every guess is right but those behind a row's end
+        assert stats["rounds"] == 3 * 8  # the first id, and 5 a round
+    for more in (dict(stop=[texts[0][7]]), dict(repetition_penalty=1.5), dict(presence_penalty=2.0)):
+        more |= dict(temperature=0)
+        assert speculative_generate(model, guess, PROMPTS, 40, **more)[0] == model.generate(PROMPTS, 40, **more)[0]
+
+
+def chi_square(counts, p):
+    expected = p * counts.sum()
+    return ((counts - expected) ** 2 / expected)[p > 0].sum().item()
+
+
+def test_accepted_ids_follow_the_model_and_a_wrong_rule_does_not():
+    """12 ids, 11 degrees of freedom: 31.3 is passed once in a thousand."""
+    generator, n, k = torch.Generator().manual_seed(0), 100_000, 3
+    q, p = (torch.randn(m, 12, generator=generator).softmax(-1) for m in (k + 1, k))
+    drafted = torch.stack([row.multinomial(n, True, generator=generator) for row in p], 1)
+    u = torch.rand(n, k + 1, generator=generator)
+
+    def first(q, p):
+        count, last = accept_exactly(q.expand(n, -1, -1), p.expand(n, -1, -1), drafted, u[:, :k], u[:, k])
+        return count, torch.bincount(torch.where(count > 0, drafted[:, 0], last), minlength=12).double()
+
+    count, ids = first(q, p)
+    assert chi_square(ids, q[0].double()) < 31.3
+    share = torch.minimum(q[0], p[0]).sum().item()  # Leviathan et al. 2023, theorem 3.5
+    assert (count > 0).double().mean().item() == pytest.approx(share, abs=3 * (share * (1 - share) / n) ** 0.5)
+    both = count > 0
+    second = torch.where(count > 1, drafted[:, 1], accept_exactly(
+        q.expand(n, -1, -1), p.expand(n, -1, -1), drafted, u[:, :k], u[:, k])[1])[both]
+    assert chi_square(torch.bincount(second, minlength=12).double(), q[1].double()) < 31.3
+    assert chi_square(first(q, (2 * p.log()).softmax(-1))[1], q[0].double()) > 500  # not what the ids were drawn from
+    greedy = F.one_hot(p.argmax(-1), 12).float()
+    assert chi_square(first(q, greedy)[1], q[0].double()) > 500
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(top_k=5), dict(temperature=0.7, top_p=0.8)], ids=str)
+def test_text_with_guesses_has_the_models_distribution(settings):
+    """Three ids in a row: all that goes wrong with a cache after a rejected guess shows in their joint distribution."""
+    model, n = make(vocab_size=12, n_layer=1), 6000
+    got, _ = speculative_generate(model, make(3, vocab_size=12, n_layer=1), [[1, 2]] * n, 3, k=2, seed=[*range(n)],
+                                  **settings)
+
+    def next_id(rows):
+        with torch.no_grad():
+            return process_logits(model(torch.tensor(rows))[0][:, -1], **settings).softmax(-1)
+
+    ids = range(12)
+    joint = next_id([[1, 2]])[0][:, None, None] * next_id([[1, 2, a] for a in ids])[:, :, None] \
+        * next_id([[1, 2, a, b] for a in ids for b in ids]).view(12, 12, 12)
+    counts = torch.zeros(12, 12, 12).index_put_(tuple(torch.tensor(got).T), torch.ones(n), accumulate=True)
+    assert counts[joint == 0].sum() == 0
+    many = joint * n > 5
+    freedom = int(many.sum())
+    assert ((counts - joint * n) ** 2 / (joint * n))[many].sum() < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_a_row_with_guesses_does_not_depend_on_its_batch():
+    model, draft = make(), make(1, n_layer=1)
+    together, _ = speculative_generate(model, draft, PROMPTS, 30, seed=[5, 6, 7])
+    for i, prompt in enumerate(PROMPTS):
+        assert speculative_generate(model, draft, [prompt], 30, seed=[5 + i])[0][0] == together[i]
+
+
+def test_the_text_so_far_guesses_what_followed_before():
+    ids = torch.tensor([[1, 2, 3, 9, 1, 2, 3, 0, 0], [7, 7, 7, 7, 0, 0, 0, 0, 0], [5, 1, 6, 5, 2, 8, 5, 0, 0]])
+    got = sample_room.look_up(ids, torch.tensor([7, 4, 7]), 2)
+    assert got[0].tolist() == [9, 1] and got[1, 0] == 7 and got[2].tolist() == [2, 8]
+
+
+def test_a_tree_has_the_masks_and_paths_of_its_nodes():
+    tree = sample_room.Tree([[0], [1], [0, 0], [0, 1], [1, 0]], "cpu")
+    assert tree.depth.tolist() == [0, 1, 1, 2, 2, 2]
+    assert tree.parent.tolist() == [0, 0, 0, 1, 1, 2]
+    assert tree.leaves.tolist() == [[0, 1, 3], [0, 1, 4], [0, 2, 5]]
+    assert tree.sees.int().tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0],
+                                        [1, 1, 0, 1, 0, 0], [1, 1, 0, 0, 1, 0], [1, 0, 1, 0, 0, 1]]
+    kept = torch.tensor([[0, 1, 1, 0, 0, 1], [0, 0, 0, 1, 1, 1]], dtype=torch.bool)
+    way, count = tree.longest(kept)
+    assert way[0].tolist() == [0, 2, 5] and count.tolist() == [2, 0]
+
+
+def test_the_tree_that_grows_has_the_likeliest_paths():
+    heads = MedusaHeads(8, 2)
+    heads.grow([[0.6, 0.2, 0.1], [0.5, 0.3, 0.1]], 5)  # 0.6; 0.30, 0.2, 0.18; 0.10 and 0.1
+    assert sorted(zip(heads.tree.depth.tolist()[1:], heads.tree.rank.tolist()))[:3] == [(1, 0), (1, 1), (2, 0)]
+    assert len(heads.tree.depth) == 6
+
+
+def test_typical_acceptance_is_its_formula():
+    logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)) * 3
+    tree, nodes = sample_room.Tree([[0], [0, 0]], "cpu"), torch.tensor([[0, 3, 5], [1, 2, 6]])
+    kept = sample_room.accept_typically(logits, nodes, tree)
+    for b in range(2):
+        for n in (1, 2):
+            p = logits[b, n - 1].softmax(-1)
+            limit = min(0.09, 0.3 * torch.exp((p * p.log()).sum()).item())
+            assert kept[b, n] == (p[nodes[b, n]] > limit)
+
+
+def test_heads_learn_what_follows_and_keep_greedy_text_as_it_is(tmp_path):
+    model = make(vocab_size=10)
+    rows = (torch.arange(64)[None] * 3 + torch.arange(40)[:, None]) % 10
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(60):
+        model(rows[:, :-1], rows[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = [p.clone() for p in model.parameters()]
+    heads = MedusaHeads(32, 3)
+    sample_room.train_medusa(model.requires_grad_(False), heads, rows, 100, lr=1e-2, say=lambda *a, **k: None)
+    assert all(row[0] > 0.9 for row in heads.accuracy)
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters()))
+    heads.save(tmp_path / "medusa.safetensors")
+    heads, stats = MedusaHeads.load(tmp_path / "medusa.safetensors", model), {}
+    got, _ = speculative_generate(model, heads, [[1, 4, 7]], 40, temperature=0, stats=stats)
+    assert got == model.generate([[1, 4, 7]], 40, temperature=0)[0]
+    assert stats["kept"] > 2.5 * stats["rounds"]
+
+
+def test_guesses_on_the_command_line(tmp_path):
+    tokenizer = Tokenizer.train([TEXT], 280)
+    for name, layers in (("big", 2), ("small", 1)):
+        save_run(tmp_path / name, make(vocab_size=tokenizer.n_vocab, n_layer=layers), {"tokenizer": tokenizer.spec()})
+        tokenizer.save(tmp_path / name)
+    args = "--init", tmp_path / "big", "--prompt", "the cat", "--max_new_tokens", 20, "--temperature", 0
+    plain, err = sample(*args)
+    assert re.search(r"prefill [\d,]+ tokens/s; 20 tokens, [\d,]+ tokens/s; [\d.]+ MB a token, [\d.]+ GB/s, \d+% of", err)
+    for draft in (tmp_path / "small", "ngram"):
+        guessed, err = sample(*args, "--draft", draft)
+        assert guessed == plain and "guesses kept a round" in err
+    told, _ = sample("--init", tmp_path / "big", "--train_medusa", 3, "--medusa_heads", 2)
+    assert "head 2: the id after the next 2" in told
+    for draft in ("medusa", "blockwise"):
+        assert sample(*args, "--draft", draft)[0] == plain
+
+
+def test_bad_guessers_are_one_sentence(run_dir, tmp_path):
+    other = Tokenizer.train([TEXT[::-1]], 280)
+    save_run(tmp_path / "other", make(vocab_size=other.n_vocab), {"tokenizer": other.spec()})
+    other.save(tmp_path / "other")
+    for draft, word in ((tmp_path / "other", "tokenizer"), ("medusa", "--train_medusa"), ("nowhere", "nowhere")):
+        err = sample("--init", run_dir, "--prompt", "the", "--draft", draft, check=2)[1]
+        assert word in err.splitlines()[-1]
+    err = sample("--init", run_dir, "--prompt", "the", "--draft", "ngram", "--max_new_tokens", 200, check=2)[1]
+    assert "context" in err.splitlines()[-1]

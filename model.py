@@ -229,13 +229,17 @@ class Linear(nn.Linear):
         return product(x, weight) if bias is None else product(x, weight, bias)
 
 
+COLUMNS = torch.backends.cpu.get_cpu_capability() == "AVX2"  # see product
+
+
 def product(x, weight, bias=None):
     """
-    x Wᵀ + b. On a CPU a product with 2 to 8 rows is one with columns, four at a time, for which MKL does not copy W
-    first (24 products of 4 x 768 and 768 x 3072 on one core: 50 ms against 83; of one row: 44).
+    x Wᵀ + b. For 2 to 8 rows on a CPU of AVX2, MKL copies W first; the same product with columns, four at a time, does
+    not: 24 products of 4 x 768 and 768 x 3072 on a core of an EPYC take 50 ms and not 83, of one row 44. With AVX-512 it
+    is the other way round.
     """
     rows = x.numel() // x.shape[-1]
-    if x.is_cuda or not 1 < rows <= 8 or x.dtype != torch.float32 or torch.is_grad_enabled():
+    if not COLUMNS or x.is_cuda or not 1 < rows <= 8 or x.dtype != torch.float32 or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     columns = F.pad(x.view(rows, -1), (0, 0, 0, -rows % 4)).T
     y = (weight @ columns)[:, :rows].T.reshape(*x.shape[:-1], -1)

@@ -2499,26 +2499,34 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
-def save_safetensors(tensors, path, metadata=None):
-    """Write a dict of name -> tensor; metadata: dict of str -> str."""
+def write_safetensors(path, entries, pieces, metadata=None):
+    """
+    Write tensors as they are made. entries {name: (dtype, shape)}; pieces: tensors that, one behind the other, are those
+    of the entries, in order and of their dtypes; metadata: dict of str -> str.
+    """
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, offset = {"__metadata__": metadata} if metadata else {}, 0
-    for name, t in tensors.items():
-        size = t.numel() * t.element_size()
-        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + size]}
+    for name, (dtype, shape) in entries.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors start aligned
     with replace_file(path) as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for t in tensors.values():
+        for t in pieces:
             f.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def load_safetensors(path):
+def save_safetensors(tensors, path, metadata=None):
+    """Write a dict of name -> tensor; metadata: dict of str -> str."""
+    write_safetensors(path, {name: (t.dtype, t.shape) for name, t in tensors.items()}, tensors.values(), metadata)
+
+
+def scan_safetensors(path):
     """
-    name -> tensor, mapped from the file: bytes are read when they are used. Every length, shape and offset is
-    checked against the file first, so a truncated or forged file is a BadInput and never a wild read.
+    {name: (dtype, shape, first byte)} in the file's order. Every length, shape and offset is checked against the file,
+    so a truncated or forged file is a BadInput and never a wild read.
     """
     try:
         size = os.path.getsize(path)
@@ -2527,26 +2535,37 @@ def load_safetensors(path):
             if size < 8 or n > min(size - 8, 100 << 20):
                 raise ValueError(f"its header of {n} bytes does not fit in {size}")
             header = json.loads(f.read(n))
-        raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + n:]
-        tensors, covered = {}, 0
+        entries, covered, room = {}, 0, size - 8 - n
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (start, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if not all(isinstance(d, int) and d >= 0 for d in (*shape, start, end)):
                 raise ValueError(f"{name} has a shape or offset that is not a count")
-            if start != covered or end - start != math.prod(shape) * dtype.itemsize or end > len(raw):
-                raise ValueError(f"{name} claims bytes {start} to {end} of {len(raw)}")
-            covered, data = end, raw[start:end]
-            if data.storage_offset() % dtype.itemsize:
-                data = data.clone()  # a header of odd length: views need alignment
-            tensors[name] = data.view(dtype).view(shape)
-        if covered != len(raw):
-            raise ValueError(f"{len(raw) - covered} bytes belong to no tensor")
-        return tensors
+            if start != covered or end - start != math.prod(shape) * dtype.itemsize or end > room:
+                raise ValueError(f"{name} claims bytes {start} to {end} of {room}")
+            covered, entries[name] = end, (dtype, tuple(shape), 8 + n + start)
+        if covered != room:
+            raise ValueError(f"{room - covered} bytes belong to no tensor")
+        return entries
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist: give --init or --out the folder of a finished run") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise BadInput(f"{path} is not a sound safetensors file ({error}): copy or save it again") from None
+
+
+def load_safetensors(path):
+    """name -> tensor, mapped from the file: bytes are read when they are used. BadInput as of scan_safetensors."""
+    entries, tensors = scan_safetensors(path), {}
+    try:
+        raw = torch.from_file(str(path), shared=False, size=os.path.getsize(path), dtype=torch.uint8)
+    except (RuntimeError, OSError) as error:
+        raise BadInput(f"{path} cannot be mapped ({error}): copy or save it again") from None
+    for name, (dtype, shape, start) in entries.items():
+        data = raw[start:start + math.prod(shape) * dtype.itemsize]
+        if start % dtype.itemsize:
+            data = data.clone()  # a header of odd length: views need alignment
+        tensors[name] = data.view(dtype).view(shape)
+    return tensors
 
 
 # -----------------------------------------------------------------------------
@@ -2938,27 +2957,35 @@ def to_hf_tensors(model, kind):
     return theirs
 
 
-def load_shards(path):
-    """name -> tensor of a folder: model.safetensors, or the files that its index names. Pickles are never read."""
+def shard_files(path):
+    """{safetensors file of a folder: tensors that its index says are there}. Pickles are never read."""
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").exists() or not index.exists():
         if not (path / "model.safetensors").exists() and (old := [*path.glob("*.bin"), *path.glob("*.pt*")]):
             raise BadInput(f"{path} holds {old[0].name}, a pickle, which can run code and is never read: convert it to "
                            f"safetensors first")
-        return load_safetensors(path / "model.safetensors")
+        return {path / "model.safetensors": []}
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
+        files = {}
+        for name, file in json.loads(index.read_text())["weight_map"].items():
+            files.setdefault(file, []).append(name)
+        files = {file: files[file] for file in sorted(files)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{index} cannot be read ({error!r}): download it again") from None
-    tensors = {}
     for file in files:
         if Path(file).name != file or not (path / file).exists():
             raise BadInput(f"{path} lacks {file}, a shard that its index names: download it again")
-        tensors |= load_safetensors(path / file)
-    missing = sorted(weight_map.keys() - tensors.keys())
-    if missing:
-        raise BadInput(f"{path} lacks tensor {missing[0]}, which its index names: download it again")
+    return {path / file: names for file, names in files.items()}
+
+
+def load_shards(path, load=load_safetensors):
+    """What load returns for each tensor of a folder's files, by name: the tensor, or what scan_safetensors says of it."""
+    tensors = {}
+    for file, names in shard_files(path).items():
+        tensors |= load(file)
+        missing = sorted(set(names) - tensors.keys())
+        if missing:
+            raise BadInput(f"{path} lacks tensor {missing[0]}, which its index names: download it again")
     return tensors
 
 

@@ -23,6 +23,7 @@ its base plus (alpha / r) B A, in every method. Tensors go through memory in pie
 --mergekit: where mergekit (Goddard et al. 2024) differs from the papers, do as it does.
 """
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -33,7 +34,7 @@ from pathlib import Path
 import torch
 
 from bpe import BadInput, Tokenizer, cli, hub, is_hub_name, replace_file
-from model import GPTConfig, load_shards, scan_safetensors, write_safetensors
+from model import GPTConfig, hf_places, load_shards, scan_safetensors, split_qkv, to_hf_config, write_safetensors
 
 # -----------------------------------------------------------------------------
 # The methods, over tensors of one shape, float32
@@ -204,22 +205,26 @@ class Adapted:
         if c.get("peft_type") != "LORA" or c.get("bias", "none") != "none":
             raise BadInput(f"{path} is not a plain LoRA adapter (peft_type {c.get('peft_type')}, bias {c.get('bias')}), and "
                            f"only W + (alpha / r) B A can be merged: run it beside its base instead")
-        own = Weights(path, "adapter_model.safetensors")
-        self.pairs, self.whole = {}, {}
+        own, self.pairs, self.whole = Weights(path, "adapter_model.safetensors"), {}, {}
+        ours, run = read_config(base)
+        places = peft_places(GPTConfig(**run["config"])) if ours else {}
+        self.transposed = not ours and self.config.get("fan_in_fan_out")  # GPT-2's Conv1D keeps (in, out)
         for name, (_, shape) in own.entries.items():
             module, _, kind = name.removeprefix("base_model.model.").rpartition(".lora_")
-            t = own.rows(name, 0, shape[0])
+            t, whole = own.rows(name, 0, shape[0]), kind.replace(".modules_to_save", "")
             if kind in ("A.weight", "B.weight", "magnitude_vector", "magnitude_vector.weight"):
-                self.pairs.setdefault(self.target(module + ".weight"), {})[kind[0]] = t
-            elif not module:  # modules_to_save
-                self.whole[self.target(kind.replace(".modules_to_save", ""))] = t
+                name = module + ".weight"
+                for place, cut in places.get(name, [(name, None)]):  # q, k and v of a fused matrix share A
+                    self.pairs.setdefault(self.target(place), {})[kind[0]] = cut(t) if cut and kind[0] != "A" else t
+            elif not module:
+                self.whole[self.target(places.get(whole, [(whole,)])[0][0])] = t
             else:
                 raise BadInput(f"{path} has {name}, which is no part of a LoRA of matrices: run it beside its base instead")
         for name, pair in self.pairs.items():
             if not {"A", "B"} <= pair.keys() or len(pair["A"]) != pair["B"].shape[1]:
                 raise BadInput(f"{path} lacks half of the pair of {name}: save the adapter again")
             shape = (pair["B"].shape[0], pair["A"].shape[1])
-            if self.entries[name][1] != (shape[::-1] if self.config.get("fan_in_fan_out") else shape):
+            if self.entries[name][1] != (shape[::-1] if self.transposed else shape):
                 raise BadInput(f"{path} fits a matrix {list(shape)} where {base.path} has {name} of "
                                f"{list(self.entries[name][1])}: give --base the model that it was trained on")
 
@@ -245,7 +250,7 @@ class Adapted:
             return W
         A, B = self.pairs[name]["A"], self.pairs[name]["B"]
         scale = self.scale(name, len(A))
-        if self.config.get("fan_in_fan_out"):  # GPT-2's Conv1D keeps (in, out)
+        if self.transposed:
             return lora(W, B.T, A.T[start:stop], scale)
         W = lora(W, A, B[start:stop], scale)
         if "m" in self.pairs[name]:  # DoRA (Liu et al. 2024): rows of that length
@@ -270,6 +275,20 @@ def open_model(name, base=None):
         raise BadInput(f"{name}: no run.json, config.json or adapter_config.json there; give a run directory, a Hugging Face "
                        f"folder or an adapter's")
     return Weights(path)
+
+
+def peft_places(c):
+    """
+    {name of a weight in the exported model: [(its name in a run, a function that cuts its rows out of a fused matrix's, or
+    None)]}, by which adapters of a run name what they change; {} where transformers has no such architecture.
+    """
+    places = {}
+    with contextlib.suppress(BadInput):
+        kind, _ = to_hf_config(c)
+        for ours, theirs, part, fused in hf_places(kind, c):
+            cut = (lambda t, i="qkv".index(part[-1]): split_qkv(t, c, kind in ("gpt2", "openai-gpt"))[i]) if fused else None
+            places.setdefault(theirs, []).append((ours, cut))
+    return places
 
 
 def home(model):

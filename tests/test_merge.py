@@ -16,7 +16,7 @@ import merge as room
 from bpe import Tokenizer, cli
 from conftest import ROOT
 from merge import dare, ema_weights, kth_largest, linear, slerp, task_arithmetic, ties, trim
-from model import (GPT, GPTConfig, init_weights, load_run, load_safetensors, load_shards, save_hf, save_run,
+from model import (GPT, GPTConfig, PRESETS, init_weights, load_run, load_safetensors, load_shards, save_hf, save_run,
                    save_safetensors)
 
 CONFIG = dict(block_size=32, n_embd=32, n_layer=4)
@@ -295,6 +295,30 @@ def test_adapters_are_merged_into_their_base_and_with_each_other(runs, tmp_path)
     merge("linear", tmp_path / "one", runs / "a", "--out", tmp_path / "z")
     z, a = tensors(tmp_path / "z"), tensors(runs / "a")
     assert all(torch.allclose(z[n], (base[n] + one.get(n, 0) + a[n]) / 2, atol=1e-5) for n in base)
+
+
+def test_an_adapter_that_names_what_transformers_would_is_merged_into_a_run(runs, tmp_path):
+    """As lora.py saves it for a run that can be exported; GPT-2's q, k, v are one matrix there."""
+    for preset, there, ours, fused in (("gpt2", "transformer.h.1.attn.c_attn", "attn.q attn.k attn.v", True),
+                                       ("gpt2", "transformer.h.1.mlp.c_fc", "mlp.up", False)):
+        run = json.loads((runs / "a" / "run.json").read_text())
+        model = GPT(GPTConfig(**PRESETS[preset] | dict(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=280)))
+        init_weights(model)
+        save_run(tmp_path / "gpt2", model, {"tokenizer": run["tokenizer"]})
+        folder = tmp_path / there
+        folder.mkdir()
+        parts = [model.get_submodule(f"blocks.1.{part}") for part in ours.split()]
+        A, B = random(4, 32), random(sum(m.weight.shape[0] for m in parts), 4, seed=1)
+        save_safetensors({f"base_model.model.{there}.lora_A.weight": A, f"base_model.model.{there}.lora_B.weight": B},
+                         folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4,
+                                                                "fan_in_fan_out": True}))
+        merge("lora", folder, "--base", tmp_path / "gpt2", "--out", tmp_path / "out")
+        found, base = tensors(tmp_path / "out"), tensors(tmp_path / "gpt2")
+        for part, b in zip(ours.split(), B.chunk(3) if fused else [B]):
+            name = f"blocks.1.{part}.weight"
+            assert torch.allclose(found.pop(name), base[name] + b @ A, atol=1e-5)
+        assert all(torch.equal(t, base[n]) for n, t in found.items())
 
 
 def test_rank_stabilized_adapters_divide_by_the_root(runs, tmp_path):

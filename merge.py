@@ -24,6 +24,7 @@ its base plus (alpha / r) B A, in every method. Tensors go through memory in pie
 """
 import argparse
 import contextlib
+import functools
 import json
 import math
 import re
@@ -56,8 +57,8 @@ def slerp(a, b, t, inner=None, mergekit=False):
     """
     From a (t = 0) to b (t = 1) at constant angular speed: sin((1-t) Ω) / sin Ω · a + sin(t Ω) / sin Ω · b, with Ω the
     angle between the whole tensors (Shoemake 1985, 3.3). Two of one norm keep it; the ends are exact. inner: their
-    inner_products, where a and b are only pieces of them. On one line, where sin Ω is 0, and in mergekit wherever |cos Ω|
-    > 0.9995 (fine-tunes of one base nearly always), it is (1-t) a + t b.
+    inner_products, where a and b are only pieces of them. On one line, where sin Ω is 0, and in mergekit wherever
+    |cos Ω| > 0.9995 (fine-tunes of one base nearly always), it is (1-t) a + t b.
     """
     aa, bb, ab = inner or inner_products(a, b)
     cos = ab / math.sqrt(aa * bb) if aa * bb else 1.0
@@ -106,8 +107,9 @@ def trim(delta, density, threshold=None):
 
 def ties(base, deltas, weights=None, scale=1.0, mergekit=False):
     """
-    TIES, steps 2 and 3 (Yadav et al. 2023, algorithm 1), of trimmed task vectors: in each place elect the sign of
-    Σ τ, then average what has that sign. θ_0 + λ Σ w τ / Σ w over them. mergekit elects by Σ w τ, and + where that is 0.
+    TIES, steps 2 and 3 (Yadav et al. 2023, algorithm 1), of trimmed task vectors: in each place elect the sign of Σ
+    τ, then average what has that sign. θ_0 + λ Σ w τ / Σ w over them. mergekit elects by Σ w τ, and + where that is
+    0.
     """
     weights = weights or [1.0] * len(deltas)
     votes = sum(w * d for w, d in zip(weights, deltas)) if mergekit else sum(deltas)
@@ -123,8 +125,8 @@ def ties(base, deltas, weights=None, scale=1.0, mergekit=False):
 
 def dare(delta, density, generator=None, rescale=None):
     """
-    Drop And REscale (Yu et al. 2024, eq. 2): each entry stays with probability density, and what stays is divided by it, so
-    that the expectation is delta. rescale: another factor than 1 / density.
+    Drop And REscale (Yu et al. 2024, eq. 2): each entry stays with probability density, and what stays is divided by
+    it, so that the expectation is delta. rescale: another factor than 1 / density.
     """
     if density >= 1:
         return delta
@@ -139,8 +141,8 @@ def lora(base, A, B, scale):
 
 def passthrough(slices, find):
     """
-    {new name: (number of its model, name there)}: layers start … stop - 1 of each model in turn, numbered anew; what lies
-    before the layers is the first model's, what lies behind them the last one's. slices: [(names, start, stop)].
+    {new name: (number of its model, name there)}: layers start … stop - 1 of each model in turn, numbered anew; what
+    lies before the layers is the first model's, what lies behind them the last one's. slices: [(names, start, stop)].
     """
     stack, depth = {}, 0
     for i, (names, start, stop) in enumerate(slices):
@@ -177,7 +179,7 @@ class Weights:
         self.depth = 1 + max((int(match[1]) for match in map(LAYER, self.entries) if match), default=-1)
 
     def rows(self, name, start, stop):
-        """Rows start … stop - 1 of a tensor, float32 (float64 stays). Bytes are read, not mapped, so they can go again."""
+        """Rows start … stop - 1 of a tensor, float32 (float64 stays); read, not mapped, so that memory is free again."""
         file, dtype, shape, offset = self.places[name]
         width = math.prod(shape[1:]) * dtype.itemsize
         data = torch.empty((stop - start) * width, dtype=torch.uint8)
@@ -193,7 +195,7 @@ class Weights:
 
 
 class Adapted:
-    """A base with a PEFT adapter in it: W + (alpha / r) B A where the adapter has a pair, with DoRA's norms if it says so."""
+    """A base with a PEFT adapter in it: W + (alpha / r) B A where the adapter has a pair, and DoRA's norms of rows."""
 
     def __init__(self, base, path):
         self.base, self.path, self.entries, self.depth = base, path, base.entries, base.depth
@@ -203,8 +205,8 @@ class Adapted:
         except (OSError, ValueError, TypeError) as error:
             raise BadInput(f"{path}/adapter_config.json cannot be read ({error}): save the adapter again") from None
         if c.get("peft_type") != "LORA" or c.get("bias", "none") != "none":
-            raise BadInput(f"{path} is not a plain LoRA adapter (peft_type {c.get('peft_type')}, bias {c.get('bias')}), and "
-                           f"only W + (alpha / r) B A can be merged: run it beside its base instead")
+            raise BadInput(f"{path} is not a plain LoRA adapter (peft_type {c.get('peft_type')}, bias {c.get('bias')}), "
+                           f"and only W + (alpha / r) B A can be merged: run it beside its base instead")
         own, self.pairs, self.whole = Weights(path, "adapter_model.safetensors"), {}, {}
         ours, run = read_config(base)
         places = peft_places(GPTConfig(**run["config"])) if ours else {}
@@ -219,7 +221,7 @@ class Adapted:
             elif not module:
                 self.whole[self.target(places.get(whole, [(whole,)])[0][0])] = t
             else:
-                raise BadInput(f"{path} has {name}, which is no part of a LoRA of matrices: run it beside its base instead")
+                raise BadInput(f"{path} has {name}, which is no part of a LoRA of matrices: run it beside its base")
         for name, pair in self.pairs.items():
             if not {"A", "B"} <= pair.keys() or len(pair["A"]) != pair["B"].shape[1]:
                 raise BadInput(f"{path} lacks half of the pair of {name}: save the adapter again")
@@ -230,8 +232,8 @@ class Adapted:
 
     def target(self, name):
         if name not in self.entries:
-            raise BadInput(f"{self.path} adapts {name}, which {self.base.path} does not have: give --base the model that it "
-                           f"was trained on")
+            raise BadInput(f"{self.path} adapts {name}, which {self.base.path} does not have: give --base the model that "
+                           f"it was trained on")
         return name
 
     def scale(self, name, rank):
@@ -272,21 +274,26 @@ def open_model(name, base=None):
             raise BadInput(f"{path} is an adapter, and its base {base or 'has no name'} is not here: give --base")
         return Adapted(open_model(base), path)
     if not any((path / file).exists() for file in ("run.json", "config.json")):
-        raise BadInput(f"{name}: no run.json, config.json or adapter_config.json there; give a run directory, a Hugging Face "
-                       f"folder or an adapter's")
+        raise BadInput(f"{name}: no run.json, config.json or adapter_config.json there; give a run directory, a Hugging "
+                       f"Face folder or an adapter's")
     return Weights(path)
+
+
+def rows_of(letter, c, stacked, t):
+    return split_qkv(t, c, stacked)["qkv".index(letter)]
 
 
 def peft_places(c):
     """
-    {name of a weight in the exported model: [(its name in a run, a function that cuts its rows out of a fused matrix's, or
-    None)]}, by which adapters of a run name what they change; {} where transformers has no such architecture.
+    {name of a weight in the exported model: [(its name in a run, a function that cuts its rows out of a fused
+    matrix's, or None)]}, by which adapters of a run name what they change; {} where transformers has no such
+    architecture.
     """
     places = {}
     with contextlib.suppress(BadInput):
         kind, _ = to_hf_config(c)
         for ours, theirs, part, fused in hf_places(kind, c):
-            cut = (lambda t, i="qkv".index(part[-1]): split_qkv(t, c, kind in ("gpt2", "openai-gpt"))[i]) if fused else None
+            cut = functools.partial(rows_of, part[-1], c, kind in ("gpt2", "openai-gpt")) if fused else None
             places.setdefault(theirs, []).append((ours, cut))
     return places
 
@@ -314,15 +321,15 @@ def read_tokenizer(model):
 
 
 def check_alike(models, stacked=False):
-    """BadInput unless all are of one architecture and read the same ids; of a stack, only what is not a layer's number."""
+    """BadInput unless all are of one architecture and read the same ids; in a stack, but for the number of layers."""
     first, (ours, config) = models[0], read_config(models[0])
     tokenizer = read_tokenizer(first)
     for other in models[1:]:
         kind, theirs = read_config(other)
         if kind != ours:
             run, folder = (first, other) if ours else (other, first)
-            raise BadInput(f"{run.path} is a run and {folder.path} a Hugging Face folder: turn that into a run with python "
-                           f"model.py import {folder.path} --out DIR first")
+            raise BadInput(f"{run.path} is a run and {folder.path} a Hugging Face folder: turn that into a run with "
+                           f"python model.py import {folder.path} --out DIR first")
         layered = {name for m in (first, other) for name in m.entries if stacked and LAYER(name)}
         for name in sorted((first.entries.keys() | other.entries.keys()) - layered):
             a, b = (list(m.entries[name][1]) if name in m.entries else None for m in (first, other))
@@ -330,14 +337,14 @@ def check_alike(models, stacked=False):
                 raise BadInput(f"{name} is {a or 'missing'} in {first.path} and {b or 'missing'} in {other.path}: only "
                                f"models of one architecture can be merged")
         free = {"block_size", "dropout", "init"} | ({"n_layer", "attn"} if stacked else set())
-        if ours and (differ := [k for k, v in config["config"].items() if k not in free and theirs["config"].get(k) != v]):
-            raise BadInput(f"{differ[0]} is {config['config'][differ[0]]} in {first.path} and "
-                           f"{theirs['config'].get(differ[0])} in {other.path}: only models of one architecture can be "
-                           f"merged")
+        for key, value in config["config"].items() if ours else ():
+            if key not in free and theirs["config"].get(key) != value:
+                raise BadInput(f"{key} is {value} in {first.path} and {theirs['config'].get(key)} in {other.path}: only "
+                               f"models of one architecture can be merged")
         there = read_tokenizer(other)
         if tokenizer is not None and there is not None and tokenizer != there:
-            raise BadInput(f"{first.path} and {other.path} have different tokenizers, so one id is two words: merge only "
-                           f"models that share one")
+            raise BadInput(f"{first.path} and {other.path} have different tokenizers, so one id is two words: merge "
+                           f"only models that share one")
 
 
 # -----------------------------------------------------------------------------
@@ -352,7 +359,7 @@ def spans(shape):
 
 
 class Deltas:
-    """Task vectors of models over a base, tensor by tensor, dropped and trimmed as a method asks, each time the same."""
+    """Task vectors over a base, tensor by tensor, dropped and trimmed as the method asks, each time the same."""
 
     def __init__(self, models, base, args):
         self.models, self.base, self.args = models, base, args
@@ -383,7 +390,8 @@ class Deltas:
 
     def trimmed(self, i, name):
         """And what TIES trims: from each tensor by itself in mergekit, from the whole task vector in the paper."""
-        threshold = self.threshold(i, [name] if self.args.mergekit else list(self.base.entries)) if self.keep < 1 else None
+        names = [name] if self.args.mergekit else list(self.base.entries)
+        threshold = self.threshold(i, names) if self.keep < 1 else None
         for delta in self.dropped(i, name):
             yield trim(delta, self.keep, threshold)
 
@@ -436,8 +444,9 @@ def parse_t(rule):
 
 def t_of(name, rules, depth):
     """
-    slerp's t of a tensor, by the first rule whose PART is in its name. Several T are anchors at even distances from the
-    first layer to the last, between which t is linear; what lies before the layers takes the first, behind them the last.
+    slerp's t of a tensor, by the first rule whose PART is in its name. Several T are anchors at even distances from
+    the first layer to the last, between which t is linear; what lies before the layers takes the first, behind them
+    the last.
     """
     anchors, layer = next((anchors for part, anchors in rules if part in name), None), LAYER(name)
     if anchors is None:
@@ -470,7 +479,8 @@ def open_stack(parts):
         model = open_model(name if match else part)
         start, stop = (int(match[1] or 0), int(match[2] or model.depth)) if match else (0, model.depth)
         if not start < stop <= model.depth:
-            raise BadInput(f"{part}: {model.path} has layers 0 to {model.depth - 1}; {name}@START:STOP takes START to STOP - 1")
+            raise BadInput(f"{part}: {model.path} has layers 0 to {model.depth - 1}, and @START:STOP takes START to "
+                           f"STOP - 1")
         layers += [(len(models), layer) for layer in range(start, stop)]
         models.append(model)
         slices.append((model.entries, start, stop))
@@ -483,7 +493,7 @@ def stacked_config(models, layers):
     if not ours:
         key = next((k for k in ("num_hidden_layers", "n_layer") if k in new), None)
         if key is None:
-            raise BadInput(f"{models[0].path}/config.json does not say how many layers there are: layers cannot be stacked")
+            raise BadInput(f"{models[0].path}/config.json does not say how many layers there are: they cannot be stacked")
         configs = [read_config(m)[1] for m in models]
         for name, value in new.items():
             if isinstance(value, list) and len(value) == new[key] > 1:
@@ -500,7 +510,7 @@ def stacked_config(models, layers):
 
 
 def open_all(args):
-    """(models, the one whose folder and entries the merge has first; its entries; pieces of a tensor by name; config)."""
+    """(models, first the one whose folder and entries the merge has; entries; pieces of a tensor by name; config)."""
     if args.method == "passthrough":
         models, stack, layers = open_stack(args.models)
         check_alike(models, stacked=True)
@@ -583,22 +593,23 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("method", choices=list(METHODS))
-    add("models", nargs="+", help="run directories, Hugging Face folders or hub names, adapters; passthrough: PATH@START:STOP")
+    add("models", nargs="+", help="run directories, Hugging Face folders, hub names, adapters; passthrough: PATH@START:STOP")
     add("--base", help="the model that the others, or an adapter, were tuned from")
     add("--out", default="out/merged", help="folder of the merge; what is there moves to OUT.old")
     add("--weights", type=float, nargs="+", help="of each model (default: equal; of task vectors 1)")
     add("--t", nargs="+", default=["0.5"],
         help="slerp: [PART=]T, or T,T,… from the first layer to the last; the first that fits a tensor counts")
     add("--scale", type=float, default=1.0, help="λ, of the sum of task vectors")
-    add("--density", type=float, help="share of a task vector's entries that stay, the largest (ties, default 0.2) or at random "
-                                      "(dare, default 0.1)")
+    add("--density", type=float, help="share of a task vector's entries that stay: the largest (ties, default 0.2), or at "
+                                      "random (dare, default 0.1)")
     add("--trim", type=float, default=1.0, help="dare_ties: share of all entries that ties then keeps of what is left")
     add("--last", type=int, default=0, help="average: so many last saves of a run (0: all)")
     add("--ema", type=float, help="average: decay of an exponential average instead of equal weights")
     add("--mergekit", action="store_true",
-        help="as mergekit: TIES trims each tensor by itself and elects signs after --weights; DARE keeps a tensor's sum of "
-             "magnitudes instead of dividing by the density; slerp is linear above |cos| 0.9995")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the file (default: the first's)")
+        help="as mergekit: TIES trims each tensor by itself and elects signs after --weights; DARE keeps a tensor's sum "
+             "of magnitudes instead of dividing by the density; slerp is linear above |cos| 0.9995")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the file (default: the first's)")
     add("--shard_gb", type=float, default=5.0, help="largest file of a Hugging Face folder")
     add("--seed", type=int, default=0, help="of what dare drops")
     return parser.parse_args(argv)

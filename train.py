@@ -34,6 +34,7 @@ from bpe import BadInput, cli, replace_file
 from model import (GPT, GPTConfig, PARALLEL, PRESETS, adamw_groups, all_reduce, check_layout, count_parameters,
                    flops_per_token, init_weights, load_run, load_safetensors, peak_flops, peak_memory, save_run,
                    setup_process, shard, uniform, use_float8)
+from quantize import dynamic_code, use_qat
 
 # -----------------------------------------------------------------------------
 # Optimizers: Muon, Adafactor, AdamW in 8 bits; AdamW and SGD are torch's
@@ -139,19 +140,6 @@ class Adafactor(torch.optim.Optimizer):
                 u = u / (u.square().mean().sqrt() / group["clip"]).clamp(min=1)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(u * group["lr"])
-
-
-def dynamic_code(signed):
-    """
-    256 numbers in [-1, 1] or [0, 1]: seven decades, each with twice as many steps as the one below it, so that the
-    relative error is small near 1 and the range is 10^7 (dynamic tree quantization, Dettmers et al. 2022, 1.3).
-    """
-    code = [0.0, 1.0]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float64)
-        values = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)).tolist()
-        code += values + [-v for v in values] * signed
-    return torch.tensor(sorted(code), dtype=torch.float32)
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -617,6 +605,7 @@ def get_args(argv=None):
         add(f"--{f.name}", default=None, **kind, help=f"{comments.get(f.name, '')} (default: the preset's; nano "
             f"{f.default})".strip().replace("%", "%%"))
     add("--init_scale", type=float, default=1.0, help="factor on every initial standard deviation")
+    add("--quantize", help="train with the blocks' weights rounded: qat4 or qat4:GROUP; none: no more (quantize.py)")
     # optimization
     add("--steps", type=int, default=800)
     add("--batch_tokens", type=int, default=2048, help="tokens per optimizer step over all processes")
@@ -803,6 +792,10 @@ def main():
     model.compute_dtype, model.z_loss = dtype, args.z_loss
     if args.embed_grad_scale != 1:
         shrink_embedding_gradient(model, args.embed_grad_scale)
+    if args.quantize not in (None, "none"):
+        if args.tp > 1 or args.fp8:
+            raise BadInput(f"--quantize {args.quantize} rounds whole matrices in float: leave --tp and --fp8 out")
+        use_qat(model, args.quantize)
     (total, matmul), flops = count_parameters(model), flops_per_token(model, T)
     if config.prefix_lm and args.graphs:
         raise BadInput("--graphs records one mask, but with --prefix_lm each row has its own: leave --graphs out")

@@ -179,7 +179,7 @@ class Weights:
         self.depth = 1 + max((int(match[1]) for match in map(LAYER, self.entries) if match), default=-1)
 
     def rows(self, name, start, stop):
-        """Rows start … stop - 1 of a tensor, float32 (float64 stays); read, not mapped, so that memory is free again."""
+        """Rows start … stop - 1 of a tensor, float32 (float64 stays); read, not mapped, so that memory is free after."""
         file, dtype, shape, offset = self.places[name]
         width = math.prod(shape[1:]) * dtype.itemsize
         data = torch.empty((stop - start) * width, dtype=torch.uint8)
@@ -593,7 +593,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("method", choices=list(METHODS))
-    add("models", nargs="+", help="run directories, Hugging Face folders, hub names, adapters; passthrough: PATH@START:STOP")
+    add("models", nargs="+", help="run directories, Hugging Face folders, hub names or adapters; to stack: PATH@START:STOP")
     add("--base", help="the model that the others, or an adapter, were tuned from")
     add("--out", default="out/merged", help="folder of the merge; what is there moves to OUT.old")
     add("--weights", type=float, nargs="+", help="of each model (default: equal; of task vectors 1)")

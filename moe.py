@@ -190,7 +190,7 @@ def loop(experts, rows, counts):
 
 
 def masked(experts, rows, counts):
-    """Every row through every expert, of which it keeps its own: the host reads no count, which a recorded graph needs."""
+    """Every row through every expert, keeping its own: the host reads no count, which a recorded graph needs."""
     number = torch.searchsorted(counts.cumsum(0), torch.arange(len(rows), device=rows.device), right=True)
     y = torch.zeros_like(rows)
     for i, f in enumerate(experts):
@@ -199,7 +199,7 @@ def masked(experts, rows, counts):
 
 
 def can_group(experts, rows):
-    """Does grouped_mm take them? On a GPU, in bfloat16, plain matrices without bias, rows a multiple of 16 bytes long."""
+    """Does grouped_mm take them? On a GPU, in bfloat16, plain matrices without bias, rows in multiples of 16 bytes."""
     f = experts[0]
     parts = [p for p in (f.gate, f.up, f.down) if p is not None]
     plain = all(type(p) is f.kind and p.bias is None and not isinstance(p.weight, dist.tensor.DTensor) for p in parts)
@@ -360,6 +360,8 @@ def fill_buffers(model, tensors, device):
 def with_penalty(loss, model, scale=1.0):
     """The loss, with the gradient of the layers' penalties added but not their value: nats stay nats."""
     penalty = scale * sum(m.penalty for m in layers(model))
+    for m in layers(model):
+        m.penalty = None  # lets go of the graph
     return loss + (penalty - penalty.detach())
 
 
@@ -539,8 +541,8 @@ def upcycle(args):
     if model.config.n_expert:
         raise BadInput(f"--init {args.init} has experts already: give a dense model")
     if args.n_expert_active < 2 or args.router in ("switch", "expert_choice"):
-        raise BadInput(f"--n_expert_active {args.n_expert_active} --router {args.router}: one expert's weight is below 1, "
-                       f"so the function would change; use 2 or more with softmax, noisy, gshard or sigmoid")
+        raise BadInput(f"--n_expert_active {args.n_expert_active} --router {args.router}: one expert's weight is below "
+                       f"1, so the function would change; use 2 or more with softmax, noisy, gshard or sigmoid")
     names = "n_expert", "n_expert_active", "n_expert_shared", "router", "moe_every", "moe_first"
     given = {name: getattr(args, name) for name in names}
     new = upcycled(model, GPTConfig(**asdict(model.config) | given), args.seed)
@@ -710,8 +712,8 @@ def compare(args):
         dense = run("dense", seed)
         width, c = dense["config"]["n_hidden"], dense["config"]
         if width % args.n_expert_active:
-            raise BadInput(f"--n_expert_active {args.n_expert_active} does not divide the dense MLP's width {width}: add "
-                           f"an --n_hidden that it does")
+            raise BadInput(f"--n_expert_active {args.n_expert_active} does not divide the dense MLP's width {width}: "
+                           f"add an --n_hidden that it does")
         experts = run("experts", seed, "--n_expert", args.n_expert, "--n_expert_active", args.n_expert_active,
                       "--expert_hidden", width // args.n_expert_active, *args.expert_flags)
         if args.equal_time:  # as many steps as the dense model makes in the time of the other
@@ -719,8 +721,8 @@ def compare(args):
             run("dense_longer", seed, "--steps", round(dense["step"] * ratio))
 
     from model import GPTConfig, count_parameters, meta_model
-    print(f"\n{args.n_expert} experts, {args.n_expert_active} active, each {width // args.n_expert_active} wide; dense MLP "
-          f"{width} wide; seeds {' '.join(map(str, args.seeds))}\n")
+    print(f"\n{args.n_expert} experts, {args.n_expert_active} active, each {width // args.n_expert_active} wide; dense "
+          f"MLP {width} wide; seeds {' '.join(map(str, args.seeds))}\n")
     print(f"{'':18}{'stored':>12}{'in products':>13}{'steps':>7}{'validation loss':>20}{'tokens/s':>11}{'seconds':>9}")
     summary = {}
     for name, rows in results.items():

@@ -442,7 +442,8 @@ class Trainer:
         self.ema = {name: p.detach().float().clone() for name, p in model.named_parameters()} if args.ema else {}
         self.graphs, self.batch = [] if graphs else None, None
         params = dict(model.named_parameters())  # and what is saved beside them: biases that balance experts
-        self.buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict() and name not in params}
+        saved = model.state_dict().keys() - params.keys()
+        self.buffers = {name: b for name, b in model.named_buffers() if name in saved}
 
     def micro_step(self, x, y, last=True, prefix=None):
         """Add the gradient and the loss of x, y (B, T) to the step's; ranks talk only at its last micro-batch."""

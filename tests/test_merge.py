@@ -122,7 +122,8 @@ def test_trim_keeps_the_largest_share_and_what_equals_its_smallest():
 
 def test_ties_elects_signs_and_averages_only_what_agrees():
     """The example of Yadav et al. 2023, figure 1: one place of each kind."""
-    deltas = [torch.tensor(d) for d in ([4.0, 2.0, 0.0, 1.0, 0.0], [2.0, -3.0, 5.0, -1.0, 0.0], [0.0, -1.0, -1.0, 0.0, 0.0])]
+    deltas = [torch.tensor(d) for d in ([4.0, 2.0, 0.0, 1.0, 0.0], [2.0, -3.0, 5.0, -1.0, 0.0],
+                                        [0.0, -1.0, -1.0, 0.0, 0.0])]
     base = torch.ones(5)
     #  mean of 4 and 2; of -3 and -1; 5 alone; 1 and -1 cancel: no sign; nobody
     assert ties(base, deltas, scale=2.0).tolist() == [1 + 2 * 3, 1 - 2 * 2, 1 + 2 * 5, 1, 1]
@@ -289,7 +290,8 @@ def test_adapters_are_merged_into_their_base_and_with_each_other(runs, tmp_path)
     merge("lora", tmp_path / "one", "--out", tmp_path / "x")
     x = tensors(tmp_path / "x")
     assert all(torch.allclose(x[n], base[n] + one.get(n, 0), atol=1e-5) for n in base) and one
-    merge("lora", tmp_path / "one", tmp_path / "two", "--weights", 1, -0.5, "--base", runs / "base", "--out", tmp_path / "y")
+    merge("lora", tmp_path / "one", tmp_path / "two", "--weights", 1, -0.5, "--base", runs / "base",
+          "--out", tmp_path / "y")
     y = tensors(tmp_path / "y")
     assert all(torch.allclose(y[n], base[n] + one.get(n, 0) - 0.5 * two.get(n, 0), atol=1e-4) for n in base)
     merge("linear", tmp_path / "one", runs / "a", "--out", tmp_path / "z")
@@ -373,14 +375,14 @@ def peak(*args, piece=room.PIECE):
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", [2, 32])
 def test_a_merge_of_7b_shaped_models_stays_under_3_gb(tmp_path, layers):
-    """The tensors of a 7B model; with all its 32 layers, 13.5 GB a model, where the disk has room for three and a bit."""
+    """The tensors of a 7B model; with all 32 layers, 13.5 GB a model, the cheapest method, if the disk has room."""
     if shutil.disk_usage(tmp_path).free < 6e8 * layers * 2.3:
         pytest.skip("needs 45 GB of disk")
     for seed, name in enumerate("ab"):
         synthetic(tmp_path / name, layers, seed)
     folders = tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out"
-    for method, *flags in (["linear"], ["ties", "--base", tmp_path / "a"], *([] if layers > 2 else [
-            ["slerp"], ["dare_ties", "--mergekit", "--base", tmp_path / "a"]])):
+    for method, *flags in (["linear"], *([] if layers > 2 else [
+            ["slerp"], ["ties", "--base", tmp_path / "a"], ["dare_ties", "--mergekit", "--base", tmp_path / "a"]])):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         start, used = time.time(), peak(method, *folders, *flags)
         print(f"{layers} layers, {method}: {used / 1e9:.2f} GB, {time.time() - start:.0f} s")

@@ -135,7 +135,7 @@ def test_the_loss_is_nats_and_its_gradient_has_the_penalties():
     a.backward()
     b.backward()
     again = build(aux_loss=0.5, router_z_loss=0.1).train()
-    again(x, y)
+    again(x)
     sum(m.penalty for m in moe.layers(again)).backward()
     for p, q, r in zip(plain.parameters(), losses.parameters(), again.parameters()):
         assert torch.allclose(p.grad + (0 if r.grad is None else r.grad), q.grad, atol=1e-6)
@@ -156,7 +156,8 @@ def dense(m, x):
 
 
 @pytest.mark.parametrize("settings", [{}, dict(act="swiglu"), dict(n_expert_active=1, router="switch"),
-                                      dict(router="sigmoid", n_expert_shared=2, expert_hidden=24), dict(n_expert_active=4)])
+                                      dict(router="sigmoid", n_expert_shared=2, expert_hidden=24),
+                                      dict(n_expert_active=4)])
 def test_dispatch_is_the_dense_sum_forward_and_backward(settings):
     m = layer(**settings).eval()
     results = []

@@ -13,7 +13,8 @@ SIZES = dict(vocab_size=300, max_position_embeddings=64, hidden_size=48, interme
 QWEN = dict(SIZES, num_experts=6, moe_intermediate_size=40, num_experts_per_tok=3)
 MODELS = {
     "mixtral": ("Mixtral", dict(SIZES, num_local_experts=4)),
-    "mixtral-window": ("Mixtral", dict(SIZES, num_local_experts=5, num_experts_per_tok=3, sliding_window=9, head_dim=16)),
+    "mixtral-window": ("Mixtral", dict(SIZES, num_local_experts=5, num_experts_per_tok=3, sliding_window=9,
+                                       head_dim=16)),
     "qwen2-moe": ("Qwen2Moe", dict(QWEN, shared_expert_intermediate_size=80)),
     "qwen2-moe-norm": ("Qwen2Moe", dict(QWEN, shared_expert_intermediate_size=40, norm_topk_prob=True, qkv_bias=False)),
     "qwen3-moe": ("Qwen3Moe", dict(QWEN, norm_topk_prob=True, head_dim=16)),
@@ -56,7 +57,7 @@ def test_logits_and_greedy_text_equal_transformers_and_the_way_back(tmp_path, na
 def test_a_layer_is_mixtrals_block_and_the_loss_its_loss(tmp_path, k):
     theirs = saved(tmp_path, "Mixtral", dict(SIZES, num_local_experts=6, num_experts_per_tok=k))
     layer = moe.layers(GPT.from_pretrained(tmp_path))[1]
-    block = theirs.model.layers[1].mlp if hasattr(theirs.model.layers[1], "mlp") else theirs.model.layers[1].block_sparse_moe
+    block = theirs.model.layers[1].mlp
     x = torch.randn(3, 20, 48, generator=torch.Generator().manual_seed(0))
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     ya, yb = layer(a), block(b)

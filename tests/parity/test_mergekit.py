@@ -32,7 +32,8 @@ def theirs(out, config):
     """What mergekit writes for a config, name -> tensor."""
     package("mergekit.merge").run_merge(
         package("mergekit.config").MergeConfiguration.model_validate(config), str(out),
-        package("mergekit.options").MergeOptions(copy_tokenizer=False, write_model_card=False, allow_crimes=True, quiet=True))
+        package("mergekit.options").MergeOptions(copy_tokenizer=False, write_model_card=False, allow_crimes=True,
+                                                 quiet=True))
     return load_shards(out)
 
 

@@ -30,6 +30,7 @@ import math
 import re
 import shutil
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -208,8 +209,8 @@ class Adapted:
             raise BadInput(f"{path} is not a plain LoRA adapter (peft_type {c.get('peft_type')}, bias {c.get('bias')}), "
                            f"and only W + (alpha / r) B A can be merged: run it beside its base instead")
         own, self.pairs, self.whole = Weights(path, "adapter_model.safetensors"), {}, {}
-        ours, run = read_config(base)
-        places = peft_places(GPTConfig(**run["config"])) if ours else {}
+        ours, _ = read_config(base)
+        places = peft_places(config_of(base)) if ours else {}
         self.transposed = not ours and self.config.get("fan_in_fan_out")  # GPT-2's Conv1D keeps (in, out)
         for name, (_, shape) in own.entries.items():
             module, _, kind = name.removeprefix("base_model.model.").rpartition(".lora_")
@@ -313,6 +314,10 @@ def read_config(model):
         raise BadInput(f"{file} cannot be read ({error}): copy or save it again") from None
 
 
+def config_of(model):
+    return GPTConfig(**read_config(model)[1]["config"])
+
+
 def read_tokenizer(model):
     try:
         return Tokenizer.from_pretrained(home(model))
@@ -322,11 +327,10 @@ def read_tokenizer(model):
 
 def check_alike(models, stacked=False):
     """BadInput unless all are of one architecture and read the same ids; in a stack, but for the number of layers."""
-    first, (ours, config) = models[0], read_config(models[0])
+    first, (ours, _) = models[0], read_config(models[0])
     tokenizer = read_tokenizer(first)
     for other in models[1:]:
-        kind, theirs = read_config(other)
-        if kind != ours:
+        if read_config(other)[0] != ours:
             run, folder = (first, other) if ours else (other, first)
             raise BadInput(f"{run.path} is a run and {folder.path} a Hugging Face folder: turn that into a run with "
                            f"python model.py import {folder.path} --out DIR first")
@@ -337,10 +341,10 @@ def check_alike(models, stacked=False):
                 raise BadInput(f"{name} is {a or 'missing'} in {first.path} and {b or 'missing'} in {other.path}: only "
                                f"models of one architecture can be merged")
         free = {"block_size", "dropout", "init"} | ({"n_layer", "attn"} if stacked else set())
-        for key, value in config["config"].items() if ours else ():
-            if key not in free and theirs["config"].get(key) != value:
-                raise BadInput(f"{key} is {value} in {first.path} and {theirs['config'].get(key)} in {other.path}: only "
-                               f"models of one architecture can be merged")
+        a, b = ({} if not ours else asdict(config_of(m)) for m in (first, other))
+        if differ := [key for key in a if key not in free and a[key] != b[key]]:
+            raise BadInput(f"{differ[0]} is {a[differ[0]]} in {first.path} and {b[differ[0]]} in {other.path}: only models "
+                           f"of one architecture can be merged")
         there = read_tokenizer(other)
         if tokenizer is not None and there is not None and tokenizer != there:
             raise BadInput(f"{first.path} and {other.path} have different tokenizers, so one id is two words: merge "
@@ -504,9 +508,13 @@ def stacked_config(models, layers):
                              ("place", None, "are scaled by their count")):
         if c[name] == "deepnorm" if plain is None else c[name] != plain:
             raise BadInput(f"{models[0].path} has {name}={c[name]}, whose layers {why}: they cannot be stacked")
-    kinds = [GPTConfig(**read_config(models[i])[1]["config"]).attn_kinds[layer] for i, layer in layers]
-    attn = kinds[0] if len(set(kinds)) == 1 else ",".join(kinds)
-    return new | {"config": c | {"n_layer": len(layers), "attn": attn}}
+    configs = [config_of(m) for m in models]
+    kinds, experts = ([getattr(configs[i], name)[layer] for i, layer in layers] for name in ("attn_kinds", "moe_layers"))
+    c |= {"n_layer": len(layers), "attn": kinds[0] if len(set(kinds)) == 1 else ",".join(kinds)}
+    if GPTConfig(**c).moe_layers != experts:
+        raise BadInput(f"the stack would have experts in layers {[i for i, has in enumerate(experts) if has]}, which no "
+                       f"moe_every and moe_first say: take slices that keep their rhythm")
+    return new | {"config": c}
 
 
 def open_all(args):

@@ -307,8 +307,8 @@ class MoE(nn.Module):
     def by_token(self, x, logits):
         c, (N, E) = self.config, logits.shape
         weights, experts, probs = ROUTERS[c.router](logits, c, self.training, self.router.bias)
-        load = torch.zeros(E, device=x.device).scatter_add_(0, experts.flatten(), torch.ones(N * c.n_expert_active,
-                                                                                             device=x.device))
+        ones = torch.ones(N * c.n_expert_active, device=x.device)
+        load = torch.zeros(E, device=x.device).scatter_add_(0, experts.flatten(), ones)
         if c.capacity and self.training:
             weights = weights * within_capacity(experts, E, math.ceil(c.capacity * N * c.n_expert_active / E))
         if self.training:
@@ -339,7 +339,7 @@ class MoE(nn.Module):
                 self.penalty = self.penalty + c.aux_loss * load_balancing_loss(probs, load)
         with torch.no_grad():
             entropy = -(probs * probs.clamp(min=1e-20).log()).sum()
-            self.tally += torch.cat((load, torch.stack((dropped.float(), entropy, entropy.new_tensor(len(probs))))))
+            self.tally += torch.cat((load, torch.stack((dropped.float(), entropy, entropy.new_full((), len(probs))))))
             self.load += load
 
 

@@ -510,7 +510,7 @@ class Trainer:
             torch._foreach_lerp_(list(self.ema.values()), weights, 1 - self.ema_decay)
 
     def record(self, x, y):
-        tensors = lambda: [*self.model.parameters(), *self.ema.values(),
+        tensors = lambda: [*self.model.parameters(), *self.buffers.values(), *self.ema.values(),
                            *(t for o in self.optimizers for s in o.state.values() for t in s.values())]
         before = {id(t): t.detach().clone() for t in tensors()}
         self.batch = x.clone(), y.clone()

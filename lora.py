@@ -688,7 +688,7 @@ def restart(model, seed):
 
 PEFT_TYPES = {"lora": "LORA", "dora": "LORA", "adalora": "ADALORA", "prompt": "PROMPT_TUNING", "ptuning": "P_TUNING",
               "prefix": "PREFIX_TUNING", "ptuning2": "PREFIX_TUNING", "zeroinit": "ADAPTION_PROMPT"}
-LORA_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_m": "lora_magnitude_vector.weight",
+LORA_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_m": "lora_magnitude_vector",
               "adapter_prompt": "adaption_prompt", "adapter_gate": "adaption_gate"}
 
 
@@ -745,7 +745,7 @@ def to_peft(model, weights=None):
             kind = kind.replace("lora_", "lora_embedding_")
         elif adapter.tune != "adalora":
             kind = LORA_NAMES.get(kind, kind)
-        theirs[f"base_model.model.{place}.{kind}"] = t
+        theirs[f"base_model.model.{place}.{kind}"] = t[None] if kind == "adaption_prompt" else t
     for part, alpha in module_alphas(model).items():
         alphas[places[part][0]] = len(tensors[f"{part}.lora_A"]), alpha
     for place, parts in fused.items():
@@ -803,7 +803,7 @@ def from_peft(model, path):
     adapter = Adapter(tune, lora_rank=config.get("target_r" if first else "r") or 8, rslora=bool(config.get("use_rslora")),
                       lora_alpha=config.get("lora_alpha") or 0.0, lora_dropout=config.get("lora_dropout") or 0.0,
                       virtual_tokens=config.get("adapter_len") or 20)
-    kinds = {theirs: ours for ours, theirs in LORA_NAMES.items()}
+    kinds = {theirs: ours for ours, theirs in LORA_NAMES.items()} | {"lora_magnitude_vector.weight": "lora_m"}
     tensors, alphas = {}, {}
     for key, t in theirs.items():
         name = key.removeprefix("base_model.model.")
@@ -817,6 +817,7 @@ def from_peft(model, path):
             part = t
             if letter and suffix == "lora_B":
                 part = split_qkv(t, c, conv1d(c))[fused.index(letter)]
+            part = t[0] if suffix == "adapter_prompt" else part
             tensors[f"{ours}.{suffix}"] = rows_of_vocabulary(f"{ours}.{suffix}", part, c.padded_vocab)
             if suffix == "lora_A":
                 alpha = next((a for p, a in (config.get("alpha_pattern") or {}).items()

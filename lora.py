@@ -26,6 +26,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -37,7 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from bpe import BadInput, Tokenizer, cli, read_json, replace_file
-from model import (GPT, PRESETS, Attention, MLP, fuse_qkv, hf_places, load_safetensors, meta_model, newest_run, preset,
+from model import (GPT, PRESETS, Attention, KVCache, MLP, attend, fuse_qkv, hf_places, load_safetensors, meta_model, newest_run, preset,
                    save_run, save_safetensors, split_qkv, to_hf_config)
 
 
@@ -106,9 +107,9 @@ def from_args(args):
 # Low rank: mixed into a module's own class, so that it stays where and what it is
 
 
-def dense(module):
-    """The weight of a Linear, quantized or not, as (out, in)."""
-    return module.weight if hasattr(module, "weight") else module.dequantize()
+def packed(module):
+    """Is its weight a QTensor, from which `weight` is made anew at each look?"""
+    return "weight" not in module._parameters
 
 
 class LowRank:
@@ -122,7 +123,7 @@ class LowRank:
     def graft(self, rank, scale, drop, tune, generator):
         into, out = self.in_features, self.out_features
         self.scale, self.drop = scale, drop
-        device = dense(self).device
+        device = next(itertools.chain(self.parameters(), self.buffers())).device
 
         def normal(*shape, std):
             return nn.Parameter((torch.randn(shape, generator=generator) * std).to(device))
@@ -134,7 +135,7 @@ class LowRank:
             self.lora_B = normal(out, rank, std=0.02)
             self.lora_E = nn.Parameter(torch.zeros(rank, 1, device=device))
         if tune == "dora":
-            self.lora_m = nn.Parameter(dense(self).detach().float().norm(dim=1))
+            self.lora_m = nn.Parameter(self.weight.detach().float().norm(dim=1))
 
     def low_rank(self):
         """A, with E in it, and B."""
@@ -146,7 +147,7 @@ class LowRank:
 
     def effective(self):
         """The one matrix (out, in) that does the same, with dropout off; differentiable, in float32."""
-        weight = dense(self).float()
+        weight = self.weight.float()
         if not self.on:
             return weight
         A, B = self.low_rank()
@@ -163,7 +164,7 @@ class LowRank:
         if self.lora_m is None:
             return y + delta
         bias = 0 if self.bias is None else self.bias.to(x.dtype)
-        return (y - bias + delta) * self.gain(dense(self)).to(x.dtype) + bias
+        return (y - bias + delta) * self.gain(self.weight).to(x.dtype) + bias
 
 
 class LowRankEmbedding:
@@ -343,43 +344,34 @@ class Virtual(nn.Module):
         return self.table if self.encoder is None else self.encoder(self.table)
 
     def keys_values(self, model):
-        """(L, 2, Hkv, P, D)"""
+        """(L, 2, 1, Hkv, P, D)"""
         c = model.config
         if self.kind in ("prefix", "ptuning2"):
             kv = self.written().view(self.tokens, c.n_layer, 2, c.n_kv_head, c.head_dim).permute(1, 2, 3, 0, 4)
-            return kv.to(model.compute_dtype)
-        layers = []
+            return kv.to(model.compute_dtype).unsqueeze(2)
+        cache = KVCache(c, 1, self.tokens, model.device, model.compute_dtype)
+        model.virtual = None
+        try:
+            model.trunk(None, embeds=self.written()[None], cache=cache)
+        finally:
+            model.virtual = self
+        return torch.stack((cache.k, cache.v), 1)[..., :self.tokens, :]
 
-        def record(l, cache, k, v):
-            layers.append(torch.cat((k, v)))
-            return k, v
-        model.trunk(None, embeds=self.written()[None], through=record)
-        return torch.stack(layers)
-
-    def __call__(self, model):
-        """-> through(layer, cache, k, v), see GPT.trunk."""
+    def forward(self, model):
+        """keys_values; computed once while nothing trains."""
         if torch.is_grad_enabled() and self.table.requires_grad or self.training:
+            return self.keys_values(model)
+        if not self.fresh:
             kv = self.keys_values(model)
-        else:
-            if not self.fresh:
-                kv = self.keys_values(model)
-                # always the same memory: a recorded step reads there
-                self.kept = kv if self.kept is None or self.kept.shape != kv.shape or self.kept.dtype != kv.dtype \
-                    else self.kept.copy_(kv)
-                self.fresh = True
-            kv = self.kept
-
-        def through(l, cache, k, v):
-            if cache is not None:
-                k, v = cache(k, v)
-            mine = kv[l].unsqueeze(1).expand(-1, len(k), -1, -1, -1)
-            return torch.cat((mine[0], k), 2), torch.cat((mine[1], v), 2)
-        return through
+            same = self.kept is not None and self.kept.shape == kv.shape and self.kept.dtype == kv.dtype
+            self.kept = self.kept.copy_(kv) if same else kv  # the same memory: a recorded step reads there
+            self.fresh = True
+        return self.kept
 
     def widen(self, view, T, device):
         """A mask of attend's for the keys that there are now."""
-        if view is None:
-            return torch.ones(T, self.tokens + T, dtype=torch.bool, device=device).tril(self.tokens)
+        if view is None or view == "all":  # "all": one query that sees everything
+            return "all" if view else torch.ones(T, self.tokens + T, dtype=torch.bool, device=device).tril(self.tokens)
         return F.pad(view, (self.tokens, 0), value=True if view.dtype == torch.bool else 0.0)
 
 
@@ -466,18 +458,19 @@ class ZeroInit:
         self.adapter_prompt = nn.Parameter(torch.randn(P, c.n_embd, generator=generator).to(device))
         self.adapter_gate = nn.Parameter(torch.zeros(1, device=device))
 
-    def mix(self, q, k, v, view):
-        y = super().mix(q, k, v, view)
+    def forward(self, x, rope, view=None, attention=attend):
         if not self.on:
-            return y
-        prompt = self.adapter_prompt.to(q.dtype)
-        pk, pv = (f(prompt).view(len(prompt), -1, self.head_dim) for f in (self.k, self.v))
-        pk = pk if self.k_norm is None else self.k_norm(pk)
-        pk, pv = (t.transpose(0, 1).expand(len(q), -1, -1, -1) for t in (pk, pv))  # (B, Hkv, P, D)
-        everyone = torch.ones(1, 1, dtype=torch.bool, device=q.device)
-        more = F.scaled_dot_product_attention(q, pk, pv, attn_mask=everyone.expand(q.shape[2], len(prompt)),
-                                              scale=self.scale, enable_gqa=q.shape[1] != pk.shape[1])
-        return y + self.adapter_gate.to(q.dtype) * more
+            return super().forward(x, rope, view, attention)
+        prompt = self.adapter_prompt.to(x.dtype)[None]
+        k, v = (f(prompt).view(1, prompt.shape[1], -1, self.head_dim) for f in (self.k, self.v))
+        k = k if self.k_norm is None else self.k_norm(k)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (1, Hkv, P, D)
+
+        def more(q, *rest):
+            B = len(q)
+            extra = attend(q, k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1), "all", self.scale, 0.0)
+            return attention(q, *rest) + self.adapter_gate.to(q.dtype) * extra
+        return super().forward(x, rope, view, more)
 
 
 def add_zero_init(model, adapter, generator, tokenizer=None):
@@ -543,9 +536,8 @@ def trained_names(model):
 def trained_share(model):
     """(numbers that are trained, all of them), those of a quantized base counted as what they stand for."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    packed = sum(m.in_features * m.out_features for m in model.modules()
-                 if hasattr(m, "in_features") and not hasattr(m, "weight"))
-    return trained, sum(p.numel() for p in model.parameters()) + packed
+    coded = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features") and packed(m))
+    return trained, sum(p.numel() for p in model.parameters()) + coded
 
 
 def grafts(model):
@@ -584,7 +576,7 @@ def merge(model):
         raise BadInput(f"--tune {model.adapter.tune} adds what no weight of the model can do: it cannot be merged; keep "
                        f"it beside its base")
     for m in parts:
-        if not hasattr(m, "weight"):
+        if packed(m):
             raise BadInput("this base is quantized: merge into the one that it was made from (python lora.py merge)")
         m.base_weight = m.weight.data
         m.weight.data = m.effective().to(m.weight.dtype)
@@ -930,12 +922,12 @@ def fold(model):
 
 
 def quantize_base(model, method):
-    """The blocks' matrices in 4 bits or what else quantize.py has; all else keeps its dtype."""
-    import quantize
+    """The blocks' matrices by quantize.py's method, in its own number of bits and groups; all else keeps its dtype."""
+    from quantize import QuantLinear, quantize
     for name, m in list(model.named_modules()):
         if name.startswith("blocks.") and isinstance(m, nn.Linear):
             parent, _, kind = name.rpartition(".")
-            setattr(model.get_submodule(parent), kind, quantize.QuantLinear.from_linear(m, method))
+            setattr(model.get_submodule(parent), kind, QuantLinear(quantize(m.weight.detach(), method), m.bias))
 
 
 # -----------------------------------------------------------------------------

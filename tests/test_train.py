@@ -199,7 +199,7 @@ def test_adafactor_keeps_two_vectors_for_a_matrix():
 
 
 def test_the_dynamic_code_has_256_numbers_over_seven_decades():
-    signed, plain = T.dynamic_code(True), T.dynamic_code(False)
+    signed, plain = dynamic_code(True), dynamic_code(False)
     assert len(signed.unique()) == len(plain.unique()) == 256
     assert signed[0] > -1 and signed[-1] == plain[-1] == 1 and plain[0] == 0
     x = torch.logspace(-4, 0, 1000)

@@ -1093,7 +1093,7 @@ class GPT(nn.Module):
         device = self.device
         static = cache is not None and cache.static  # then the engine has counted
         first = 0 if self.virtual is None else self.virtual.tokens
-        room = (c.block_size if cache is None else min(c.block_size, cache.size) - cache.bound) - first
+        room = c.block_size - first if cache is None else min(c.block_size - first, cache.size) - cache.bound
         if T > room and not static:
             raise BadInput(f"{T} tokens do not fit into the {room} left of the model's context of {c.block_size}: "
                            f"shorten the input, or train with a larger --block_size")

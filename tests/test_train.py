@@ -22,6 +22,7 @@ from bpe import BadInput, Tokenizer
 from conftest import ROOT, package
 from data import fineweb, tinystories
 from model import GPT, GPTConfig, Process, init_weights, linear_cross_entropy, load_run, load_safetensors
+from quantize import dynamic_code
 
 CPU = Process(torch.device("cpu"), 0, 1)
 SMALL = ["--data", "arithmetic", "--tokenizer", "char", "--block_size", "32", "--n_layer", "2", "--n_head", "2",

@@ -38,8 +38,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from bpe import BadInput, Tokenizer, cli, read_json, replace_file
-from model import (GPT, PRESETS, Attention, KVCache, MLP, attend, fuse_qkv, hf_places, load_safetensors, meta_model, newest_run, preset,
-                   save_run, save_safetensors, split_qkv, to_hf_config)
+from model import (GPT, PRESETS, Attention, KVCache, Linear, MLP, attend, fuse_qkv, hf_places, load_safetensors,
+                   meta_model, newest_run, preset, save_run, save_safetensors, split_qkv, to_hf_config)
 
 
 @dataclass
@@ -105,6 +105,32 @@ def from_args(args):
 
 # -----------------------------------------------------------------------------
 # Low rank: mixed into a module's own class, so that it stays where and what it is
+
+
+def grow(model, vocab_size):
+    """Room for new ids at the end of the vocabulary, each starting as the mean of the others (Hewitt 2021)."""
+    c = model.config
+    if vocab_size <= c.vocab_size:
+        return
+    if model.base_print is None:
+        model.base_print = fingerprint(model)
+    old, c.vocab_size = c.vocab_size, vocab_size
+    for module in [model.wte] + [model.head] * (model.head is not None):
+        weight = module.weight.data
+        rows = max(c.padded_vocab, len(weight))
+        new = torch.cat((weight[:old], weight[:old].mean(0, keepdim=True).expand(rows - old, -1)))
+        module.weight = nn.Parameter(new.contiguous())
+    model.wte.num_embeddings = len(model.wte.weight)
+    if model.head is not None:
+        model.head.out_features = len(model.head.weight)
+
+
+def add_class_head(model, n):
+    """A classifier's Linear C → n over the last hidden state, N(0, 0.02) and zero (Radford et al. 2018)."""
+    model.config.n_class = n
+    model.class_head = Linear(model.config.n_embd, n).to(model.device)
+    nn.init.normal_(model.class_head.weight, std=0.02)
+    nn.init.zeros_(model.class_head.bias)
 
 
 def packed(module):
@@ -504,7 +530,8 @@ def apply(model, adapter, tokenizer=None, seed=0, ranks=None):
     """
     if model.adapter is not None:
         raise BadInput("this model has an adapter already: merge it first (python lora.py merge RUN --out DIR)")
-    model.base_print = fingerprint(model) if model.device.type != "meta" else ""
+    if model.base_print is None and model.device.type != "meta":
+        model.base_print = fingerprint(model)
     if adapter.quantize != "none":
         quantize_base(model, adapter.quantize)
     model.requires_grad_(False)
@@ -524,12 +551,15 @@ def added(name):
     return name.startswith("virtual.") or name.rsplit(".", 1)[-1].startswith(("lora_", "adapter_"))
 
 
+NEW_HEADS = "scalar_head.", "class_head."  # no language model has them, so they are always trained
+
+
 def trained_names(model):
     """Names of the parameters that the model's adapter consists of."""
     def mine(name):
         if model.adapter.train_embeddings and name in ("wte.weight", "head.weight"):
             return True
-        return added(name) or model.adapter.tune == "bitfit" and name.endswith("bias")
+        return added(name) or name.startswith(NEW_HEADS) or model.adapter.tune == "bitfit" and name.endswith("bias")
     return [name for name, _ in model.named_parameters() if mine(name)]
 
 
@@ -827,7 +857,7 @@ def from_peft(model, path):
 def fingerprint(model):
     """A digest of 64 numbers of each weight, the same in float32 and bf16: is this the base that an adapter is for?"""
     sha = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
+    for name, p in sorted((n, p) for n, p in model.named_parameters() if not n.startswith(NEW_HEADS)):
         picked = p.detach().flatten()[torch.linspace(0, p.numel() - 1, min(64, p.numel())).long().to(p.device)]
         sha.update(name.encode() + str(tuple(p.shape)).encode())
         sha.update(picked.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
@@ -868,6 +898,11 @@ def load(path, device="cpu", dtype=torch.float32, base=None, quantized=True):
     if run.get("base_print", fingerprint(model)) != fingerprint(model) and dtype != torch.float16:
         raise BadInput(f"{path} is an adapter for another base: {where} has changed since; train the adapter again, or "
                        f"put its base back")
+    grow(model, run.get("config", {}).get("vocab_size", 0))
+    if run.get("config", {}).get("n_class"):
+        add_class_head(model, run["config"]["n_class"])
+    if run.get("config", {}).get("scalar_head") and model.scalar_head is None:
+        model.config.scalar_head, model.scalar_head = True, Linear(model.config.n_embd, 1, bias=False).to(model.device)
     adapter, tensors, alphas = from_peft(model, path)
     if "adapter" in run:
         adapter = Adapter(**run["adapter"])
@@ -885,19 +920,30 @@ def plain(name_or_dir, device="cpu", dtype=torch.float32):
     return GPT.from_pretrained(name_or_dir, device, dtype)
 
 
-def start(init, adapter, device="cpu", dtype=torch.float32, tokenizer=None, seed=0):
+def start(init, adapter, device="cpu", dtype=torch.float32, tokenizer=None, seed=0, n_class=0):
     """
     (a model to tune, the base that its adapter will name; None where all weights are tuned). An adapter's folder goes on
-    where the method is the same; another method, or full tuning, finds it put into the weights.
+    where the method is the same; another method, or full tuning, finds it put into the weights. The vocabulary grows to
+    the tokenizer's; n_class adds a classifier's head.
     """
+    path, more = Path(init), tokenizer.n_vocab if tokenizer is not None else 0
     if adapter is None:
-        return plain(init, device), None
-    path = Path(init)
+        model = plain(init, device)
+        grow(model, more)
+        if n_class:
+            add_class_head(model, n_class)
+        return model, None
     if (path / "adapter_config.json").exists():
         model = load(path, device, dtype)
         if model.adapter.tune == adapter.tune:
             return model, read_json(path / "adapter_config.json")["base_model_name_or_path"]
     model = plain(init, device, dtype)
+    if more > model.config.vocab_size and not adapter.train_embeddings:
+        raise BadInput(f"{more - model.config.vocab_size} new token(s) need rows of the embedding that can learn: add "
+                       f"--train_embeddings")
+    grow(model, more)
+    if n_class:
+        add_class_head(model, n_class)
     apply(model, adapter, tokenizer, seed)
     return model, init
 
@@ -917,7 +963,7 @@ def fold(model):
         m.__class__ = m.__class__.__bases__[1]
         for name in [n for n in m._parameters if n.startswith("lora_")]:
             delattr(m, name)
-    model.adapter = None
+    model.adapter = model.base_print = None
     model.requires_grad_(True)
 
 

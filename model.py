@@ -95,6 +95,7 @@ class GPTConfig:
     dropout: float = 0.0
     init: str = "zero"           # see INIT
     scalar_head: bool = False    # adds a Linear C → 1: reward and value models
+    n_class: int = 0             # adds a Linear C → n_class: sft.py --task classify
 
     def __post_init__(self):
         def refuse(problem, *way_out):
@@ -967,12 +968,14 @@ class GPT(nn.Module):
         self.embd_out = Linear(c.n_embd, c.embd_dim, bias=False) if factorized else None
         self.head = None if c.tied else Linear(c.embd_dim, c.padded_vocab, bias=False)
         self.scalar_head = Linear(c.n_embd, 1, bias=False) if c.scalar_head else None
+        self.class_head = Linear(c.n_embd, c.n_class) if c.n_class else None
         for name, table in position_tables(c).items():
             self.register_buffer(name, table, persistent=False)
         self.compute_dtype = torch.float32  # of activations; weights are cast where they are used
         self.loss = linear_cross_entropy
         self.z_loss = 0.0  # of linear_cross_entropy, while training
-        self.adapter = self.virtual = None  # of lora.py: what was applied, and its tokens before everybody's own
+        # of lora.py: what was applied to which weights, and its tokens before everybody's own
+        self.adapter = self.base_print = self.virtual = None
         self._decoder = None
         # what a rank of a larger machine holds, see shard
         self.layers = range(c.n_layer)  # of its pipeline stage

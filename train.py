@@ -503,8 +503,8 @@ class Trainer:
 # -----------------------------------------------------------------------------
 
 
-# what describes the model is a flag; the vocabulary is the tokenizer's, and a scalar head is for rlhf.py
-MODEL_FLAGS = [f for f in fields(GPTConfig) if f.name not in ("vocab_size", "scalar_head")]
+# what describes the model is a flag; the vocabulary is the tokenizer's, and further heads are for later stages
+MODEL_FLAGS = [f for f in fields(GPTConfig) if f.name not in ("vocab_size", "scalar_head", "n_class")]
 
 
 def get_args(argv=None):

@@ -362,7 +362,7 @@ class Virtual(nn.Module):
         self.to(model.device)
 
     def train(self, mode=True):
-        self.fresh = False
+        self.fresh = self.fresh and not mode
         return super().train(mode)
 
     def written(self):
@@ -388,9 +388,10 @@ class Virtual(nn.Module):
         if torch.is_grad_enabled() and self.table.requires_grad or self.training:
             return self.keys_values(model)
         if not self.fresh:
-            kv = self.keys_values(model)
-            same = self.kept is not None and self.kept.shape == kv.shape and self.kept.dtype == kv.dtype
-            self.kept = self.kept.copy_(kv) if same else kv  # the same memory: a recorded step reads there
+            with torch.inference_mode(False), torch.no_grad():
+                kv = self.keys_values(model)
+                same = self.kept is not None and self.kept.shape == kv.shape and self.kept.dtype == kv.dtype
+                self.kept = self.kept.copy_(kv) if same else kv  # the same memory: a recorded step reads there
             self.fresh = True
         return self.kept
 
@@ -516,6 +517,7 @@ METHODS = {"lora": add_low_rank, "dora": add_low_rank, "adalora": add_low_rank,
            "prompt": add_virtual, "ptuning": add_virtual, "prefix": add_virtual, "ptuning2": add_virtual,
            "serial": add_bottlenecks, "parallel": add_bottlenecks, "zeroinit": add_zero_init, "bitfit": add_biases}
 GRAFTS = (LowRank, LowRankEmbedding, Bottleneck, ZeroInit)
+WRITTEN = {"prefix": "ptuning2", "ptuning": "prompt"}  # what is left of them once their encoder is dropped
 ADALORA_START = 1.5  # AdaLoRA begins with so many times the rank that it ends with
 
 # -----------------------------------------------------------------------------
@@ -659,7 +661,7 @@ def module_alphas(model):
 def attach(model, adapter, tensors, alphas):
     """An adapter from detach or from a file onto its base."""
     ranks = {name: (len(tensors[f"{name}.lora_A"]), alpha) for name, alpha in alphas.items()}
-    kind = {"prefix": "ptuning2", "ptuning": "prompt"}.get(adapter.tune, adapter.tune)  # their encoder is gone
+    kind = WRITTEN.get(adapter.tune, adapter.tune)
     many = {"virtual_tokens": len(tensors["virtual.table"])} if "virtual.table" in tensors else {}
     apply(model, replace(adapter, tune=kind, virtual_init="random", **many), ranks=ranks)
     params = dict(model.named_parameters())
@@ -935,7 +937,7 @@ def start(init, adapter, device="cpu", dtype=torch.float32, tokenizer=None, seed
         return model, None
     if (path / "adapter_config.json").exists():
         model = load(path, device, dtype)
-        if model.adapter.tune == adapter.tune:
+        if model.adapter.tune == WRITTEN.get(adapter.tune, adapter.tune):
             return model, read_json(path / "adapter_config.json")["base_model_name_or_path"]
     model = plain(init, device, dtype)
     if more > model.config.vocab_size and not adapter.train_embeddings:
@@ -988,7 +990,7 @@ def count(args):
         try:
             apply(model, replace(given, tune=tune))
         except BadInput as error:
-            print(f"{tune:10} {str(error).partition(',')[0]}")
+            print(f"{tune:10} {str(error).partition(':')[0]}")
             continue
         trained, total = trained_share(model)
         kept = sum(t.numel() for t in adapter_tensors(model).values())

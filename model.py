@@ -111,6 +111,7 @@ class GPTConfig:
     aux_loss: float = 0.01       # coefficient of the load-balancing loss of a layer, which is 1 when balanced
     router_z_loss: float = 0.001  # coefficient of the router's log²Z
     bias_rate: float = 0.001     # step of a sigmoid router's balancing biases
+    n_class: int = 0             # adds a Linear C → n_class: sft.py --task classify
 
     def __post_init__(self):
         def refuse(problem, *way_out):
@@ -501,11 +502,20 @@ def flex():
     return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
 
 
+# Keys and values (1, Hkv, P, D) that every query sees before the others, and its view of all P + S
+Before = namedtuple("Before", "k v view")
+
+
 def attend(q, k, v, view, scale, dropout):
     """
     softmax(scale · q kᵀ + bias) v; q (B, H, T, D), k and v (B, Hkv, S, D). view: None for the plain causal mask, a
-    tensor that broadcasts to (B, H, T, S), bool or additive, flex_attention's (score_mod, block_mask), or "all".
+    tensor that broadcasts to (B, H, T, S), bool or additive, flex_attention's (score_mod, block_mask), "all", or a
+    Before.
     """
+    if isinstance(view, Before):
+        first = (t.expand(len(k), -1, -1, -1) for t in (view.k, view.v))
+        k, v = (torch.cat(pair, 2) for pair in zip(first, (k, v)))
+        view = view.view
     gqa = q.shape[1] != k.shape[1]
     if isinstance(view, tuple):
         return flex()[0](q, k, v, score_mod=view[0], block_mask=view[1], scale=scale, enable_gqa=gqa)
@@ -1028,11 +1038,14 @@ class GPT(nn.Module):
         self.embd_out = Linear(c.n_embd, c.embd_dim, bias=False) if factorized else None
         self.head = None if c.tied else Linear(c.embd_dim, c.padded_vocab, bias=False)
         self.scalar_head = Linear(c.n_embd, 1, bias=False) if c.scalar_head else None
+        self.class_head = Linear(c.n_embd, c.n_class) if c.n_class else None
         for name, table in position_tables(c).items():
             self.register_buffer(name, table, persistent=False)
         self.compute_dtype = torch.float32  # of activations; weights are cast where they are used
         self.loss = linear_cross_entropy
         self.z_loss = 0.0  # of linear_cross_entropy, while training
+        # of lora.py: what was applied to which weights, and its tokens before everybody's own
+        self.adapter = self.base_print = self.virtual = None
         self._decoder = None
         # what a rank of a larger machine holds, see shard
         self.layers = range(c.n_layer)  # of its pipeline stage
@@ -1058,7 +1071,8 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self):
-        return self.wte.weight if self.head is None else self.head.weight
+        head = self.wte if self.head is None else self.head
+        return head.effective() if hasattr(head, "effective") else head.weight  # lora.py's
 
     def views(self, B, T, i, keys, doc_ids, prefix, cache, flexible):
         """
@@ -1154,7 +1168,8 @@ class GPT(nn.Module):
             raise BadInput("a model with --router expert_choice cannot generate: its experts choose among all the tokens "
                            "of a text, later ones too; train it with another router for that")
         static = cache is not None and cache.static  # then the engine has counted
-        room = c.block_size if cache is None else min(c.block_size, cache.size) - cache.bound
+        first = 0 if self.virtual is None else self.virtual.tokens
+        room = c.block_size - first if cache is None else min(c.block_size - first, cache.size) - cache.bound
         if T > room and not static:
             raise BadInput(f"{T} tokens do not fit into the {room} left of the model's context of {c.block_size}: "
                            f"shorten the input, or train with a larger --block_size")
@@ -1165,13 +1180,17 @@ class GPT(nn.Module):
                 depth, tree = cache.branches(T)
                 places, slots = cache.pos[:, None] + depth, cache.pos[:, None] + places
             cache.bound = min(cache.bound + T, cache.size)
-        positions = places if positions is None else positions
+        positions = (places if positions is None else positions) + first
         keys = T if prefill else cache.seen()
         keys = keys if self.cp is None else len(self.in_order)
-        flexible = device.type == "cuda" and cache is None and not (self.training and c.dropout)
+        flexible = device.type == "cuda" and cache is None and not (self.training and c.dropout) and not first
         flexible = flexible and c.head_dim >= 16  # the least that flex_attention takes
-        fused = not prefill and self.fuses(T)
+        fused = not prefill and self.fuses(T) and not first
         views = {} if fused else self.views(B, T, places, keys, doc_ids, prefix, None if prefill else cache, flexible)
+
+        if first:  # keys and values of virtual tokens stand before everybody's own
+            kv = self.virtual(self)
+            wider = {kind: self.virtual.widen(view, T, device) for kind, view in views.items()}
 
         rope = None
         if c.pos == "rope":
@@ -1181,18 +1200,19 @@ class GPT(nn.Module):
             block, kind = self.blocks[l // c.share], c.attn_kinds[l]
             if self.mix_x is not None:
                 x = self.mix_x[l].to(x.dtype) * x + self.mix_x0[l].to(x.dtype) * x0
+            view = None if fused else Before(*kv[l], wider[kind]) if first else views[kind]
             if self.cp is not None:
-                x = block(x, rope, views[kind], self.everyones)
+                x = block(x, rope, view, self.everyones)
             elif cache is None:
-                x = block(x, rope, views[kind])
+                x = block(x, rope, view)
             elif fused:
                 decode = compiled_decode_block(B * T == 1) if cache.compiled else decode_block
                 slopes = c.alibi_scale * self.slopes if c.pos == "alibi" else None
                 x = decode(block, x, rope, Slots(cache.k[l], cache.v[l], cache.pos, depth, tree, slopes, kind,
                                                  c.window))
             else:  # a block with a cache is compiled for decoding only
-                kv = functools.partial(cache.fill, l) if prefill else functools.partial(cache.update, l, slots)
-                x = block.forward(x, rope, views[kind], kv)
+                attention = functools.partial(cache.fill, l) if prefill else functools.partial(cache.update, l, slots)
+                x = block.forward(x, rope, view, attention)
         if cache is not None and cache.tree is None:
             cache.pos.add_(T)
         return x if self.norm is None else self.norm(x)
@@ -1264,6 +1284,9 @@ class GPT(nn.Module):
             path = hub(str(name_or_dir))
         if (path / "config.json").exists():
             return load_hf(path, device, dtype)
+        if (path / "adapter_config.json").exists():  # PEFT's
+            import lora
+            return lora.load(path, device, dtype)
         raise BadInput(f"--init {name_or_dir}: no run.json and no config.json there; give a run directory such "
                        f"as out/base, a Hugging Face directory or a hub name such as gpt2")
 
@@ -2228,6 +2251,68 @@ def adamw_groups(model, weight_decay):
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
 
 
+class AdamW8bit(torch.optim.Optimizer):
+    """
+    AdamW whose moments lie in memory as one byte a number (Dettmers et al. 2022): blocks of 256 are divided by their
+    largest magnitude and rounded to quantize.dynamic_code. The second moment's root is stored, as its range is the first's.
+    Small tensors keep 32 bits.
+    """
+    BLOCK, SMALL = 256, 4096
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self.codes = {}
+
+    def load(self, state, name, p):
+        if f"{name}_scale" not in state:
+            return state[name]
+        x = self.code(name, p.device)[state[name].int()] * state[f"{name}_scale"]
+        return x.flatten()[:p.numel()].view_as(p)
+
+    def store(self, state, name, x):
+        if x.numel() >= self.SMALL:
+            x = F.pad(x.flatten(), (0, -x.numel() % self.BLOCK)).view(-1, self.BLOCK)
+            scale, code = x.abs().amax(1, keepdim=True), self.code(name, x.device)
+            x = torch.bucketize(x / scale.clamp(min=1e-30), (code[1:] + code[:-1]) / 2).to(torch.uint8)
+            self.keep(state, f"{name}_scale", scale)
+        self.keep(state, name, x)
+
+    def keep(self, state, name, x):  # always the same memory: a recorded step writes there
+        state[name].copy_(x) if name in state else state.update({name: x.clone()})
+
+    def code(self, name, device):
+        from quantize import dynamic_code
+        if (name, device) not in self.codes:
+            self.codes[name, device] = dynamic_code(signed=name == "m").to(device)
+        return self.codes[name, device]
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g, state = p.grad.float(), self.state[p]
+                if not state:
+                    state["t"] = torch.zeros((), device=p.device)
+                    for name in ("m", "root_v"):
+                        self.store(state, name, torch.zeros_like(g))
+                state["t"] += 1
+                m = self.load(state, "m", p).lerp(g, 1 - beta1)
+                v = self.load(state, "root_v", p).square().lerp(g.square(), 1 - beta2)
+                self.store(state, "m", m)
+                self.store(state, "root_v", v.sqrt())
+                m, v = m / (1 - beta1 ** state["t"]), v / (1 - beta2 ** state["t"])
+                p.mul_(1 - lr * group["weight_decay"])
+                p.sub_(m / (v.sqrt() + group["eps"]) * lr)
+
+    def load_state_dict(self, saved):
+        super().load_state_dict(saved)  # gives every state its parameter's dtype
+        for state in self.state.values():
+            state.update({name: state[name].to(torch.uint8) for name in ("m", "root_v") if f"{name}_scale" in state})
+
+
 # -----------------------------------------------------------------------------
 # Parallelism: one model over many processes. `shard` is the wrapper that all stages share.
 
@@ -2986,6 +3071,9 @@ def load_run(path, device="cpu", dtype=torch.float32):
     path = Path(path)
     try:
         run = json.loads((path / "run.json").read_text())
+        if "base" in run:  # an adapter
+            import lora
+            return lora.load(path, device, dtype), run
         known = {f.name for f in fields(GPTConfig)}
         unknown = sorted(set(run["config"]) - known)
         if unknown:

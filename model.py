@@ -1237,10 +1237,10 @@ class GPT(nn.Module):
     def logits(self, x):
         """Hidden states (..., C) -> logits (..., V), float32."""
         x, head = self.features(x), self.wte if self.head is None else self.head
-        if hasattr(head, "product"):  # quantize.py's reads the codes
+        if hasattr(head, "product") and not hasattr(head, "effective"):  # quantize.py's reads the codes
             logits = head.product(x)
         else:
-            logits = product(x, head.weight.to(x.dtype))
+            logits = product(x, self.head_weight.to(x.dtype))
         return cap(logits[..., :self.config.vocab_size].float(), self.config.softcap)
 
     def forward(self, idx, targets=None, cache=None, positions=None, doc_ids=None, prefix=None, embeds=None,

@@ -768,7 +768,7 @@ def main():
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: stop.append(True))
     sharded.train()
-    pending, metrics, restarted, clock, timed = [], {}, 0, time.time(), [0, 0.0]
+    pending, metrics, restarted, read, clock, timed = [], {}, 0, 0, time.time(), [0, 0.0]
     while step < args.steps and not stop:
         _, chosen = epochs.at(step)
         count = max(1, asked(epochs.examples, chosen))
@@ -807,6 +807,7 @@ def main():
             optimizer.state.clear()
             restarted = step
         pending.append((torch.cat((all_reduce(losses), norm.view(1))), args.lr * share))
+        read += sum(len(epochs.examples[e][0]) - 1 for row in chosen for e in row) + mixed * T  # padding is not text
         last = step == args.steps
         if last or step % args.log_every == 0 or step == 1:
             for i, (stats, lr) in enumerate(pending):
@@ -818,11 +819,11 @@ def main():
                 if not math.isfinite(loss):
                     raise BadInput(f"the loss is {loss} at step {line['step']}: lower --lr or raise --warmup")
             seconds = time.time() - clock
-            timed = [timed[0] + len(pending) * rows * T, timed[1] + seconds] if step > 1 else timed
+            timed = [timed[0] + read, timed[1] + seconds] if step > 1 else timed  # the first step compiles
             say(f"step {step}/{args.steps}  loss {loss:.4f}  " + (f"mix {line['mix_loss']:.4f}  " if mixed else "")
                 + f"lr {lr:.2e}  norm {norm:.2f}  epoch {epochs.at(step - 1)[0] + 1}  "
-                f"{len(pending) * rows * T / seconds:,.0f} tok/s  {peak_memory(device) / 2 ** 30:.2f} GiB", flush=True)
-            pending, clock = [], time.time()
+                f"{read / seconds:,.0f} tok/s  {peak_memory(device) / 2 ** 30:.2f} GiB", flush=True)
+            pending, read, clock = [], 0, time.time()
         if val and (last or args.eval_every and step % args.eval_every == 0):
             metrics = validate(sharded, val, args, T, process)
             say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)

@@ -120,6 +120,18 @@ def test_counts_on_llama_7b():
         assert lora.trained_share(model)[0] == expected
 
 
+@pytest.mark.parametrize("style", ("nano", "gpt2"))
+def test_an_adapted_head_is_seen_by_loss_and_by_logits(style):
+    model, x = make(style), idx()
+    lora.apply(model, adapter("lora", lora_targets="wte" if style == "gpt2" else "head,wte"))
+    shake(model)
+    loss = model(x, x)[1]
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(model(x)[0].flatten(0, 1), x.flatten()))
+    before = logits(model, x)
+    lora.merge(model)
+    assert (logits(model, x) - before).abs().max() < 1e-5 * before.abs().max()
+
+
 def test_adapters_stay_in_float32_over_a_bf16_base():
     model = make("llama").to(torch.bfloat16)
     model.compute_dtype = torch.bfloat16

@@ -176,7 +176,8 @@ def read_examples(rows, tokenizer, args, T, left_out):
             key = ids.tobytes()
             twice |= {i} if key in known else set()
             known.add(key)
-        left_out["that repeat another"] += len(twice)
+        if twice:
+            left_out["that repeat another"] += len(twice)
         examples = [e for i, e in enumerate(examples) if i not in twice]
     return examples
 
@@ -261,8 +262,12 @@ class Neftune:
         model.wte.register_forward_hook(self)
 
     def set(self, batch, seed):
-        docs = batch.get("doc_ids", (batch["targets"] != -100).cumsum(1) * 0)
-        self.lengths = (docs[:, :, None] == docs[:, None, :]).sum(-1).float()
+        if "doc_ids" in batch:
+            self.lengths = (batch["doc_ids"][:, :, None] == batch["doc_ids"][:, None, :]).sum(-1).float()
+        else:  # one conversation, which ends with the last thing asked
+            B, T = batch["targets"].shape
+            places = torch.arange(1, T + 1, device=batch["targets"].device)
+            self.lengths = (places * (batch["targets"] != -100)).amax(1, keepdim=True).expand(B, T).float()
         self.generator.manual_seed(seed)
 
     def __call__(self, module, inputs, x):

@@ -496,7 +496,7 @@ def prepared(tokenizer, spec, input=None):
     weights, same = parse_mixture(spec), {k: v for k, v in tokenizer.spec().items() if k != "chat"}
     found = {path.parent.parent.name: path.parent for path in Path(__file__).parent.glob("*/*/meta.json")
              if (_read_json(path) or {}).get("tokenizer") == same}
-    if weights.keys() <= found.keys():
+    if input is None and weights.keys() <= found.keys():
         return {name: (weight, found[name]) for name, weight in weights.items()}
     plain = copy.copy(tokenizer)
     plain.chat = None  # how a chat is written is nothing to a corpus

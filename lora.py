@@ -14,8 +14,8 @@ Parameter-efficient tuning: a frozen model and a few trained numbers in it, kept
     zeroinit    attention + g · attention over learned prompts, g from 0       LLaMA-Adapter, Zhang et al. 2023
     bitfit      the biases                                                     Ben Zaken et al. 2022
 
-What is added lies in the modules it changes under names of its own, so the base's tensors keep theirs. A saved adapter is
-the two files of PEFT's format and a run.json that names its base; every --init reads it.
+What is added lies in the modules it changes under names of its own, so the base's tensors keep theirs. A saved adapter
+is the two files of PEFT's format and a run.json that names its base; every --init reads it.
 
     python lora.py                                          # how many numbers each method trains
     python lora.py count llama-7b --lora_targets all,head
@@ -110,32 +110,6 @@ def from_args(args):
 # Low rank: mixed into a module's own class, so that it stays where and what it is
 
 
-def grow(model, vocab_size):
-    """Room for new ids at the end of the vocabulary, each starting as the mean of the others (Hewitt 2021)."""
-    c = model.config
-    if vocab_size <= c.vocab_size:
-        return
-    if model.base_print is None:
-        model.base_print = fingerprint(model)
-    old, c.vocab_size = c.vocab_size, vocab_size
-    for module in [model.wte] + [model.head] * (model.head is not None):
-        weight = module.weight.data
-        rows = max(c.padded_vocab, len(weight))
-        new = torch.cat((weight[:old], weight[:old].mean(0, keepdim=True).expand(rows - old, -1)))
-        module.weight = nn.Parameter(new.contiguous())
-    model.wte.num_embeddings = len(model.wte.weight)
-    if model.head is not None:
-        model.head.out_features = len(model.head.weight)
-
-
-def add_class_head(model, n):
-    """A classifier's Linear C → n over the last hidden state, N(0, 0.02) and zero (Radford et al. 2018)."""
-    model.config.n_class = n
-    model.class_head = Linear(model.config.n_embd, n).to(model.device)
-    nn.init.normal_(model.class_head.weight, std=0.02)
-    nn.init.zeros_(model.class_head.bias)
-
-
 def packed(module):
     """Is its weight a QTensor, from which `weight` is made anew at each look?"""
     return "weight" not in module._parameters
@@ -143,9 +117,9 @@ def packed(module):
 
 class LowRank:
     """
-    y = W x + b + s B (E ∘ A) drop(x), with lora_A (r, in), lora_B (out, r), in float32 whatever W is; lora_E (r, 1) only
-    with AdaLoRA. lora_m (out,) makes it DoRA's: g (y - b) + b, g = m / |W + s B A| by rows, the length held constant
-    in the backward pass (Liu et al. 2024, 4.3).
+    y = W x + b + s B (E ∘ A) drop(x), with lora_A (r, in), lora_B (out, r), in float32 whatever W is; lora_E (r, 1)
+    only with AdaLoRA. lora_m (out,) makes it DoRA's: g (y - b) + b, g = m / |W + s B A| by rows, the length held
+    constant in the backward pass (Liu et al. 2024, 4.3).
     """
     on = True
 
@@ -295,8 +269,8 @@ class RankAllocator:
                        for n in ("lora_A", "lora_B", "lora_E")} for m in self.parts]
         self.keep = None
         if self.last >= self.first:
-            raise BadInput(f"--lora_rank {average} is not below the {self.first // len(self.parts)} that adalora starts "
-                           f"from: there is nothing to prune")
+            raise BadInput(f"--lora_rank {average} is not below the {self.first // len(self.parts)} that adalora "
+                           f"starts from: there is nothing to prune")
 
     def budget(self, step):
         left = 1 - (step - self.warm) / (self.steps - self.final - self.warm)
@@ -406,7 +380,7 @@ class Virtual(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """A two-layer LSTM in both directions and an MLP over the prompt's vectors (P, E) (P-tuning, Liu et al. 2021, 3.2)."""
+    """A two-layer LSTM in both directions and an MLP over the prompt's vectors (P, E) (Liu et al. 2021, 3.2)."""
 
     def __init__(self, width):
         super().__init__()
@@ -429,7 +403,8 @@ def initial_prompt(model, adapter, start, tokenizer):
         ids = (torch.arange(P) * max(1, n // P) + n // (2 * P)) % n
     else:
         if tokenizer is None:
-            raise BadInput(f"--virtual_init {adapter.virtual_init!r} is a text and needs a tokenizer: use random or vocab")
+            raise BadInput(f"--virtual_init {adapter.virtual_init!r} is a text and needs a tokenizer: use random or "
+                           f"vocab")
         ids = torch.tensor(tokenizer.encode(adapter.virtual_init))
         ids = ids.repeat(math.ceil(P / max(1, len(ids))))[:P]
     return table[ids].clone()
@@ -455,10 +430,10 @@ class Bottleneck:
 
     def graft(self, width, parallel, c, generator):
         self.beside, device = parallel, next(self.parameters()).device
+        zeros = lambda *shape: nn.Parameter(torch.zeros(shape, device=device))
         down = torch.randn(width, c.n_embd, generator=generator) * c.n_embd ** -0.5
-        self.adapter_down, self.adapter_down_bias = nn.Parameter(down.to(device)), nn.Parameter(torch.zeros(width, device=device))
-        self.adapter_up = nn.Parameter(torch.zeros(c.n_embd, width, device=device))
-        self.adapter_up_bias = nn.Parameter(torch.zeros(c.n_embd, device=device))
+        self.adapter_down, self.adapter_down_bias = nn.Parameter(down.to(device)), zeros(width)
+        self.adapter_up, self.adapter_up_bias = zeros(c.n_embd, width), zeros(c.n_embd)
 
     def forward(self, x, *rest):
         y = super().forward(x, *rest)
@@ -511,8 +486,8 @@ def add_zero_init(model, adapter, generator, tokenizer=None):
 
 def add_biases(model, adapter, generator, tokenizer=None):
     if not any(name.endswith("bias") for name, _ in model.named_parameters()):
-        raise BadInput("--tune bitfit trains biases, and this model has none: choose --tune lora, or a model with biases "
-                       "such as gpt2")
+        raise BadInput("--tune bitfit trains biases, and this model has none: choose --tune lora, or a model with "
+                       "biases such as gpt2")
 
 
 # name: what it adds to a model
@@ -608,8 +583,8 @@ def merge(model):
     """Put the adapter into the weights, W + (α/r) B A: no cost at inference. Weights keep their dtype."""
     parts = grafts(model)
     if model.virtual is not None or any(isinstance(m, (Bottleneck, ZeroInit)) for m in parts):
-        raise BadInput(f"--tune {model.adapter.tune} adds what no weight of the model can do: it cannot be merged; keep "
-                       f"it beside its base")
+        raise BadInput(f"--tune {model.adapter.tune} adds what no weight of the model can do: it cannot be merged; "
+                       f"keep it beside its base")
     for m in parts:
         if packed(m):
             raise BadInput("this base is quantized: merge into the one that it was made from (python lora.py merge)")
@@ -700,7 +675,7 @@ def weighted(adapters, weights):
 
 @torch.no_grad()
 def restart(model, seed):
-    """ReLoRA (Lialin et al. 2023): what was learned goes into the weights, and a fresh A and a zero B go on from there."""
+    """ReLoRA (Lialin et al. 2023): what was learned goes into the weights; a fresh A and a zero B go on from there."""
     merge(model)
     generator = torch.Generator().manual_seed(seed)
     for m in grafts(model):
@@ -767,7 +742,7 @@ def to_peft(model, weights=None):
         if letter and adapter.tune == "lora":
             fused.setdefault(place, {})[letter, kind] = t
             continue
-        place = part if letter else place  # PEFT's DoRA or AdaLoRA of a fused module is another method: names of our own
+        place = part if letter else place  # PEFT's DoRA or AdaLoRA of a fused module is another method: our names
         if kind.startswith("lora_") and part == "wte":
             kind = kind.replace("lora_", "lora_embedding_")
         elif adapter.tune != "adalora":
@@ -827,9 +802,9 @@ def from_peft(model, path):
         t = theirs["prompt_embeddings"]
         return Adapter(tune, virtual_tokens=len(t)), {"virtual.table": t}, {}
     first = config.get("init_r") if tune == "adalora" else None
-    adapter = Adapter(tune, lora_rank=config.get("target_r" if first else "r") or 8, rslora=bool(config.get("use_rslora")),
+    adapter = Adapter(tune, lora_rank=config.get("target_r" if first else "r") or 8,
                       lora_alpha=config.get("lora_alpha") or 0.0, lora_dropout=config.get("lora_dropout") or 0.0,
-                      virtual_tokens=config.get("adapter_len") or 20)
+                      rslora=bool(config.get("use_rslora")), virtual_tokens=config.get("adapter_len") or 20)
     kinds = {theirs: ours for ours, theirs in LORA_NAMES.items()} | {"lora_magnitude_vector.weight": "lora_m"}
     tensors, alphas = {}, {}
     for key, t in theirs.items():
@@ -877,7 +852,8 @@ def save(out, model, run, base, weights=None):
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     config, tensors = to_peft(model, weights)
-    save_safetensors({name: t.float() for name, t in tensors.items()}, out / "adapter_model.safetensors", {"format": "pt"})
+    tensors = {name: t.float() for name, t in tensors.items()}
+    save_safetensors(tensors, out / "adapter_model.safetensors", {"format": "pt"})
     base = str(base) if not Path(base).exists() else str(Path(base).resolve())
     for name, content in (("adapter_config.json", {**config, "base_model_name_or_path": base}),
                           ("run.json", {"config": asdict(model.config), "base": base, "base_print": model.base_print,
@@ -927,9 +903,9 @@ def plain(name_or_dir, device="cpu", dtype=torch.float32):
 
 def start(init, adapter, device="cpu", dtype=torch.float32, tokenizer=None, seed=0, n_class=0):
     """
-    (a model to tune, the base that its adapter will name; None where all weights are tuned). An adapter's folder goes on
-    where the method is the same; another method, or full tuning, finds it put into the weights. The vocabulary grows to
-    the tokenizer's; n_class adds a classifier's head.
+    (a model to tune, the base that its adapter will name; None where all weights are tuned). An adapter's folder goes
+    on where the method is the same; another method, or full tuning, finds it put into the weights. The vocabulary grows
+    to the tokenizer's; n_class adds a classifier's head.
     """
     path, more = Path(init), tokenizer.n_vocab if tokenizer is not None else 0
     if adapter is None:
@@ -951,6 +927,32 @@ def start(init, adapter, device="cpu", dtype=torch.float32, tokenizer=None, seed
         add_class_head(model, n_class)
     apply(model, adapter, tokenizer, seed)
     return model, init
+
+
+def grow(model, vocab_size):
+    """Room for new ids at the end of the vocabulary, each starting as the mean of the others (Hewitt 2021)."""
+    c = model.config
+    if vocab_size <= c.vocab_size:
+        return
+    if model.base_print is None:
+        model.base_print = fingerprint(model)
+    old, c.vocab_size = c.vocab_size, vocab_size
+    for module in [model.wte] + [model.head] * (model.head is not None):
+        weight = module.weight.data
+        rows = max(c.padded_vocab, len(weight))
+        new = torch.cat((weight[:old], weight[:old].mean(0, keepdim=True).expand(rows - old, -1)))
+        module.weight = nn.Parameter(new.contiguous())
+    model.wte.num_embeddings = len(model.wte.weight)
+    if model.head is not None:
+        model.head.out_features = len(model.head.weight)
+
+
+def add_class_head(model, n):
+    """A classifier's Linear C → n over the last hidden state, N(0, 0.02) and zero (Radford et al. 2018)."""
+    model.config.n_class = n
+    model.class_head = Linear(model.config.n_embd, n).to(model.device)
+    nn.init.normal_(model.class_head.weight, std=0.02)
+    nn.init.zeros_(model.class_head.bias)
 
 
 def save_merged(out, model, run):
@@ -997,8 +999,8 @@ def count(args):
             continue
         trained, total = trained_share(model)
         kept = sum(t.numel() for t in adapter_tensors(model).values())
-        print(f"{tune:10} {trained:>14,} trained of {total:,}: {trained / total:.3%}; AdamW {8 * trained / 1e6:.2f} MB, "
-              f"file {4 * kept / 1e6:.2f} MB")
+        print(f"{tune:10} {trained:>14,} trained of {total:,}: {trained / total:.3%}; AdamW "
+              f"{8 * trained / 1e6:.2f} MB, file {4 * kept / 1e6:.2f} MB")
 
 
 def merged(args):
@@ -1008,7 +1010,8 @@ def merged(args):
     model, tokenizer = plain(args.name), Tokenizer.from_pretrained(args.name)
     run = read_json(Path(args.name) / "run.json") if (Path(args.name) / "run.json").exists() else {}
     kept = {k: v for k, v in run.items() if k not in ("config", "base", "base_print", "adapter")}
-    save_run(args.out, model, {"stage": "merge", "step": 0, "metrics": {}, "args": {}} | kept | {"tokenizer": tokenizer.spec()})
+    kept = {"stage": "merge", "step": 0, "metrics": {}, "args": {}} | kept | {"tokenizer": tokenizer.spec()}
+    save_run(args.out, model, kept)
     tokenizer.save(args.out)
     print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, the adapter among them")
 
@@ -1017,7 +1020,8 @@ def imported(args):
     """A folder that PEFT wrote becomes a run: with --init as its base, if its own is not here."""
     base = args.init or read_json(Path(args.name) / "adapter_config.json").get("base_model_name_or_path")
     model, tokenizer = load(args.name, base=base), Tokenizer.from_pretrained(base)
-    save(args.out, model, {"stage": "import", "step": 0, "metrics": {}, "args": {}, "tokenizer": tokenizer.spec()}, base)
+    run = {"stage": "import", "step": 0, "metrics": {}, "args": {}, "tokenizer": tokenizer.spec()}
+    save(args.out, model, run, base)
     tokenizer.save(args.out)
     trained, total = trained_share(model)
     print(f"{args.out}: {model.adapter.tune}, {trained:,} numbers beside the {total - trained:,} of {base}")
@@ -1045,10 +1049,8 @@ def bench(args):
             apply(model, Adapter("lora", lora_rank=args.lora_rank, lora_targets=args.lora_targets, quantize=quantized))
         for name, table in position_tables(config).items():
             setattr(model, name, table.to(device))
-        tensors = itertools.chain(model.parameters(), model.buffers())
-        frozen = sum(t.numel() * t.element_size() for t in tensors if not t.requires_grad)
-        blocks = sum(t.numel() * t.element_size() for t in itertools.chain(model.blocks.parameters(), model.blocks.buffers())
-                     if not t.requires_grad)
+        frozen, blocks = (sum(t.numel() * t.element_size() for t in itertools.chain(m.parameters(), m.buffers())
+                              if not t.requires_grad) for m in (model, model.blocks))
         if device.type == "cuda":
             model.compile_parts()
             torch.cuda.reset_peak_memory_stats()
@@ -1067,14 +1069,14 @@ def bench(args):
             torch.cuda.synchronize()
         rates[tune] = (args.steps - args.steps // 2) * x[:, 1:].numel() / (time.time() - start)
         flags = ["--mode", tune, "--micro_batch", str(args.micro_batch), "--block_size", str(args.block_size),
-                 *(["--lora_rank", str(args.lora_rank), "--lora_targets", args.lora_targets] if tune != "train" else [])]
+                 "--lora_rank", str(args.lora_rank), "--lora_targets", args.lora_targets]
         plan = max(moment_bytes(memory_plan(parser.parse_args(flags), config)).values())
         trained, total = trained_share(model)
         print(json.dumps({"tune": tune, "trained": trained, "of": total, "frozen_GB": round(frozen / 1e9, 3),
                           "frozen_blocks_GB": round(blocks / 1e9, 3), "peak_GB": round(peak_memory(device) / 1e9, 3),
                           "plan_GB": round(plan / 1e9, 3), "tokens_per_s": round(rates[tune]),
                           "of_full": round(rates[tune] / rates["train"], 3)}), flush=True)
-        del model, optimizer, tensors
+        del model, optimizer
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ Instruction tuning: next-token prediction on conversations, where only what the 
     L = - Σ_t m_t log p(x_t | x_<t) / Σ_t m_t + λ L_pretrain,     m_t = 1 on answers and the token that ends them,
 
 all weights or, through lora.py, a few (Ouyang et al. 2022; Wei et al. 2022). Conversations share rows without seeing
-each other. L_pretrain is the same mean over rows of the text that the model was pretrained on, which keeps what it knows.
+each other. L_pretrain is the mean over rows of the text that the model was pretrained on, which keeps what it knows.
 
     python sft.py                                                    # out/base learns to answer questions: out/sft
     python sft.py --init HuggingFaceTB/SmolLM2-135M --data alpaca,rows.jsonl --lora_rank 16 --lora_targets all
@@ -74,8 +74,10 @@ def neftune_noise(shape, lengths, alpha, generator):
 
 
 def auto_lr(base_lr, supervised_tokens, steps, epochs, pretrain_batch):
-    """base_lr · sqrt(supervised tokens of an update / tokens of pretraining's batch), the former all of them ÷ (steps ÷
-    epochs)."""
+    """
+    base_lr · sqrt(supervised tokens of an update / tokens of pretraining's batch), the former all of them ÷ (steps ÷
+    epochs).
+    """
     return base_lr * math.sqrt(supervised_tokens / (steps / epochs) / pretrain_batch)
 
 
@@ -93,8 +95,8 @@ def lr_share(step, steps, warmup, schedule):
 
 def encode(where, row, tokenizer, args):
     """
-    (ids, mask) of a row as np arrays, mask 1 on what is asked; or the reason why it is left out, in words. args.template:
-    a name, or None for the tokenizer's own.
+    (ids, mask) of a row as np arrays, mask 1 on what is asked; or the reason why it is left out, in words.
+    args.template: a name, or None for the tokenizer's own.
     """
     row = data.conversation(row, where, chat_format(tokenizer, args.template)[0])
     if "messages" not in row:
@@ -138,7 +140,8 @@ def near_duplicates(examples, threshold=0.8, bands=16, rows=4):
         hashes = np.fromiter(mine, np.int64) & 0x7FFFFFFF
         signature = ((a * hashes + b) % (2 ** 31 - 1)).min(1).reshape(bands, rows)
         keys = [(band, *signature[band]) for band in range(bands)]
-        if any(len(mine & sets[j]) >= threshold * len(mine | sets[j]) for j in {j for k in keys for j in seen.get(k, ())}):
+        near = {j for key in keys for j in seen.get(key, ())}
+        if any(len(mine & sets[j]) >= threshold * len(mine | sets[j]) for j in near):
             found.add(i)
             continue
         for key in keys:
@@ -173,7 +176,8 @@ def read_examples(rows, tokenizer, args, T, left_out):
             key = ids.tobytes()
             twice |= {i} if key in known else set()
             known.add(key)
-        left_out["that repeat another"] += len(twice)
+        if twice:
+            left_out["that repeat another"] += len(twice)
         examples = [e for i, e in enumerate(examples) if i not in twice]
     return examples
 
@@ -181,8 +185,8 @@ def read_examples(rows, tokenizer, args, T, left_out):
 class Epochs:
     """
     Which conversations stand in which row of which step: a pure function of (seed, step). An epoch takes each set's
-    examples in a new order, at most `limit` of them (examples-proportional mixing with a cap, Raffel et al. 2020, 3.5.2),
-    packs them and deals the rows out; its last step is filled up with empty rows.
+    examples in a new order, at most `limit` of them (examples-proportional mixing with a cap, Raffel et al. 2020,
+    3.5.2), packs them and deals the rows out; its last step is filled up with empty rows.
     """
 
     def __init__(self, sets, T, rows, packing, limit, seed):
@@ -237,7 +241,8 @@ def micro_batches(examples, rows, micro, T, packing, device):
     for i in range(0, len(rows), micro):
         some = rows[i:i + micro]
         longest = max([len(examples[e][0]) - 1 for row in some for e in row], default=1)
-        yield to_device(data.lay_out(examples, some, T if packing else min(T, 8 * math.ceil(longest / 8))), packing, device)
+        width = T if packing else min(T, 8 * math.ceil(longest / 8))
+        yield to_device(data.lay_out(examples, some, width), packing, device)
 
 
 def asked(examples, rows):
@@ -257,8 +262,12 @@ class Neftune:
         model.wte.register_forward_hook(self)
 
     def set(self, batch, seed):
-        docs = batch.get("doc_ids", (batch["targets"] != -100).cumsum(1) * 0)
-        self.lengths = (docs[:, :, None] == docs[:, None, :]).sum(-1).float()
+        if "doc_ids" in batch:
+            self.lengths = (batch["doc_ids"][:, :, None] == batch["doc_ids"][:, None, :]).sum(-1).float()
+        else:  # one conversation, which ends with the last thing asked
+            B, T = batch["targets"].shape
+            places = torch.arange(1, T + 1, device=batch["targets"].device)
+            self.lengths = (places * (batch["targets"] != -100)).amax(1, keepdim=True).expand(B, T).float()
         self.generator.manual_seed(seed)
 
     def __call__(self, module, inputs, x):
@@ -344,7 +353,8 @@ def report(model, tokenizer, args, sets, say):
         right[name] = [is_right(text, turns[-1]["content"]) for text, turns in zip(texts, chats)]
         say(f"{name}: {sum(right[name]) / len(chats):.1%} of {len(chats)} held-out questions right, for example")
         for turns, text, good in list(zip(chats, texts, right[name]))[::max(1, len(chats) // 3)][:3]:
-            say(f"    {turns[-2]['content']} | {text.strip()}" + ("" if good else f"   (right: {turns[-1]['content']})"))
+            say(f"    {turns[-2]['content']} | {text.strip()}"
+                + ("" if good else f"   (right: {turns[-1]['content']})"))
     if not right:
         return {}
     figures = {f"accuracy_{name}": sum(r) / len(r) for name, r in right.items()}
@@ -383,20 +393,21 @@ def read_labelled(rows, tokenizer, T, labels=None):
                 ids[0] = ids[0][:max(1, room - sum(map(len, ids[1:])))]  # the first, longer text is cut
                 texts.append(([start] + sum(([between] * (i > 0) + t for i, t in enumerate(ids)), []))[:T - 1] + [end])
         except (KeyError, TypeError, AttributeError):
-            raise BadInput(f"{where} is no row to classify: give text and label, premise, hypothesis and label, text_a, "
-                           f"text_b and label, or context, choices and answer, the same in all rows") from None
+            raise BadInput(f"{where} is no row to classify: give text and label, premise, hypothesis and label, "
+                           f"text_a, text_b and label, or context, choices and answer, the same in all rows") from None
         out.append((texts, label))
     if kind == "choice":
         return out, ["score"], kind
     labels = labels or sorted({label for _, label in out})
     unknown = {label for _, label in out} - set(labels)
     if unknown:
-        raise BadInput(f"--data has the label {min(unknown)!r} in its validation rows alone: give rows of it to train on")
+        raise BadInput(f"--data has the label {min(unknown)!r} in its validation rows alone: give rows of it to train "
+                       f"on")
     return [(texts, labels.index(label)) for texts, label in out], labels, kind
 
 
 def class_logits(model, texts, kind):
-    """texts: a list of examples' id lists -> (logits (B, classes or choices), ids (N, L), lengths (N,), states (N, L, C))."""
+    """texts: id lists of B examples -> (logits (B, classes or choices), ids (N, L), lengths (N,), states (N, L, C))."""
     rows = [ids for some in texts for ids in some]
     lengths = torch.tensor([len(ids) for ids in rows], device=model.device)
     idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
@@ -454,14 +465,15 @@ def classify(args, process, tokenizer, started, say):
     model.compute_dtype, model.loss = dtype, asked_cross_entropy
     longest = max(len(ids) for texts, _ in examples + val for ids in texts)
     if longest > model.config.block_size:
-        raise BadInput(f"a row of {longest} tokens is longer than the model's context of {model.config.block_size}: give "
-                       f"--block_size {model.config.block_size}")
+        raise BadInput(f"a row of {longest} tokens is longer than the model's context of {model.config.block_size}: "
+                       f"give --block_size {model.config.block_size}")
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adamw_groups(model, args.weight_decay), lr=0.0, betas=(0.9, args.beta2))
     B = max(process.world, args.batch_tokens // longest // process.world * process.world)
     steps = args.steps or round((args.epochs or 3) * math.ceil(len(examples) / B))  # GPT-1's three epochs
     lr, out = 2e-3 if args.lr == "auto" else number("--lr", args.lr), Path(args.out)
-    say(f"{len(examples):,} examples to train, {len(val):,} to validate, {kind}, labels {', '.join(labels)}; {B} a step")
+    say(f"{len(examples):,} examples to train, {len(val):,} to validate, {kind}, labels {', '.join(labels)}; "
+        f"{B} a step")
     model.train()
     for step in range(steps):
         order = np.random.default_rng([args.seed, step * B // len(examples)]).permutation(len(examples))
@@ -505,17 +517,20 @@ def get_args(argv=None):
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of activations, and of a frozen base")
     add("--compile", default=None, **flag, help="torch.compile the block (default: on CUDA)")
     # what is tuned
-    add("--task", default="chat", choices=["chat", "classify"], help="classify: a head on the last token, see read_labelled")
+    add("--task", default="chat", choices=["chat", "classify"],
+        help="classify: a head on the last token, see read_labelled")
     add("--aux", type=float, default=0.5, help="weight of the language model's loss beside a classifier's")
     lora.add_flags(parser)
     add("--relora", type=int, default=0, help="put --tune lora into the weights every so many steps and start anew")
     # data
-    add("--data", default="bios,arithmetic", help=f"sets, comma-separated: {', '.join(data.CHATS)}, .jsonl or .json files")
+    add("--data", default="bios,arithmetic",
+        help=f"sets, comma-separated: {', '.join(data.CHATS)}, .jsonl or .json files")
     add("--input", help="a local file in place of the one set's download")
     add("--val", type=float, default=0.05, help="share held out of a set that has no split of its own")
     add("--limit", type=int, default=0, help="rows read of each set; 0: all")
     add("--cap", type=int, default=0, help="examples of one set in an epoch, others wait for the next; 0: all")
-    add("--template", choices=sorted(CHAT_TEMPLATES), help="how a chat is written (default: the model's own, else chatml)")
+    add("--template", choices=sorted(CHAT_TEMPLATES),
+        help="how a chat is written (default: the model's own, else chatml)")
     add("--add_tokens", help="special tokens to add to the vocabulary, such as '<|im_start|>,<|im_end|>'")
     add("--system", help="system text of conversations without one; it is saved with the template")
     add("--train_on_prompt", action="store_true", help="ask for every token, not only the assistant's")
@@ -523,7 +538,8 @@ def get_args(argv=None):
     add("--min_answer", type=int, default=1, help="asked tokens that a row must have")
     add("--max_answer", type=int, default=0, help="and may have; 0: any number")
     add("--dedup", default="exact", choices=["none", "exact", "near"], help="leave out rows that repeat an earlier one")
-    add("--packing", default=True, **flag, help="conversations share rows, unseen by each other; else one a row, padded")
+    add("--packing", default=True, **flag,
+        help="conversations share rows, unseen by each other; else one a row, padded")
     add("--mix", default="auto", help="text to go on pretraining with, as train.py's --data; auto: what the run was "
                                       "pretrained on, if it says so; none")
     add("--mix_share", type=float, default=0.5, help="of a step's rows that come from --mix")
@@ -555,7 +571,8 @@ def get_args(argv=None):
     add("--eval_every", type=int, default=100, help="steps; 0: only at the end")
     add("--eval_answers", type=int, help="questions asked at the end (default: 300 of bios and arithmetic); 0: none")
     add("--show", type=int, default=0, help="held-out questions whose answers are printed before and after")
-    add("--patience", type=int, default=0, help="stop after so many validations without a lower loss, and keep the best")
+    add("--patience", type=int, default=0,
+        help="stop after so many validations without a lower loss, and keep the best")
     add("--save_every", type=int, default=0, help="steps between saves to --resume from; 0: only at the end")
     add("--log_every", type=int, default=10)
     args = parser.parse_args(argv)
@@ -812,7 +829,8 @@ def main():
         if last or step % args.log_every == 0 or step == 1:
             for i, (stats, lr) in enumerate(pending):
                 loss, mix_loss, norm = stats.tolist()
-                line = {"step": step - len(pending) + 1 + i, "loss": round(loss, 5), "lr": lr, "grad_norm": round(norm, 4)}
+                line = {"step": step - len(pending) + 1 + i, "loss": round(loss, 5), "lr": lr}
+                line |= {"grad_norm": round(norm, 4)}
                 line |= {"mix_loss": round(mix_loss / (args.mix_weight or 1), 5)} if mixed else {}
                 if main_process:
                     log.write(json.dumps(line) + "\n")

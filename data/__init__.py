@@ -359,8 +359,8 @@ def download(url, path):
             answer = requests.get(url, timeout=60)
             answer.raise_for_status()
         except requests.RequestException as error:
-            raise BadInput(f"{url} could not be had ({type(error).__name__}): put the file at {path} or give --input FILE"
-                           ) from None
+            raise BadInput(f"{url} could not be had ({type(error).__name__}): put the file at {path} or give "
+                           f"--input FILE") from None
         with replace_file(path) as f:
             f.write(answer.content)
     return path
@@ -422,15 +422,16 @@ def conversation(row, where="the row", template=None):
 def chat_sets(spec, input=None, val=0.05, limit=0):
     """
     "bios,alpaca,FILE" -> {name: {"train": [(where, row)], "val": [(where, row)]}}. A module may know its own split;
-    a file's and another's validation rows are a share `val` of it, drawn by a seed of their own. input: a file in place of
-    the one module's download. limit: of each split.
+    a file's and another's validation rows are a share `val` of it, drawn by a seed of their own. input: a file in place
+    of the one module's download. limit: of each split.
     """
     sets = {}
     for name in spec.split(","):
         if name in CHATS:
             module = importlib.import_module(f"data.{name}")
-            parts = {s: [(f"{name}, row {i}", row) for i, row in enumerate(islice(module.chats(s, input), limit or None), 1)]
-                     for s in ("train", "val")}
+            parts = {split: [(f"{name}, row {i}", row) for i, row
+                             in enumerate(islice(module.chats(split, input), limit or None), 1)]
+                     for split in ("train", "val")}
         elif Path(name).is_file():
             parts = {"train": list(islice(read_chats(name), limit or None)), "val": []}
         else:
@@ -495,7 +496,7 @@ def prepared(tokenizer, spec, input=None):
     weights, same = parse_mixture(spec), {k: v for k, v in tokenizer.spec().items() if k != "chat"}
     found = {path.parent.parent.name: path.parent for path in Path(__file__).parent.glob("*/*/meta.json")
              if (_read_json(path) or {}).get("tokenizer") == same}
-    if weights.keys() <= found.keys():
+    if input is None and weights.keys() <= found.keys():
         return {name: (weight, found[name]) for name, weight in weights.items()}
     plain = copy.copy(tokenizer)
     plain.chat = None  # how a chat is written is nothing to a corpus

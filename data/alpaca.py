@@ -35,9 +35,9 @@ def chats(split, input=None):
 # -----------------------------------------------------------------------------
 # Self-instruct
 
-RULES = """Write {n} new and different tasks for an assistant that reads and writes text. Every task has an instruction of
-one or two sentences, an input where the instruction needs one and "none" where not, and the right output. Vary the
-verbs, the subjects and the form, ask nothing that needs pictures or sound, and answer in at most 100 words.
+RULES = """Write {n} new and different tasks for an assistant that reads and writes text. Every task has an
+instruction of one or two sentences, an input where the instruction needs one and "none" where not, and the right output.
+Vary the verbs, the subjects and the form, ask nothing that needs pictures or sound, and answer in at most 100 words.
 """
 
 
@@ -66,8 +66,8 @@ def parse(text):
     return tasks
 
 
-UNFIT = re.compile(r"\b(images?|graphs?|pictures?|photos?|files?|maps?|draw|plot|video|audio|music|flowcharts?|diagrams?)\b",
-                   re.IGNORECASE)
+UNFIT = re.compile(r"\b(images?|graphs?|pictures?|photos?|files?|maps?|draw|plot|video|audio|music|flowcharts?"
+                   r"|diagrams?)\b", re.IGNORECASE)
 
 
 def longest_common(a, b):

@@ -594,8 +594,8 @@ def chats(split, input=None):
     --input short bare values.
     """
     if input not in (None, "short"):
-        raise BadInput(f"--input {input}: bios makes its own questions, answered in sentences or, with --input short, by "
-                       f"bare values; give a file of yours with --data FILE")
+        raise BadInput(f"--input {input}: bios makes its own questions, answered in sentences or, with --input short, "
+                       f"by bare values; give a file of yours with --data FILE")
     yield from qa("train" if split == "train" else "test", sentences=input is None)
 
 

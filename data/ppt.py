@@ -1,6 +1,6 @@
 """
-A pretext that teaches a soft prompt before its task: is the second sentence the one that follows the first (yes), another
-of the same document (maybe), or of another document (no)? (PPT, Gu et al. 2022, 3.2, from unlabelled text.)
+A pretext that teaches a soft prompt before its task: is the second sentence the one that follows the first (yes),
+another of the same document (maybe), or of another document (no)? (PPT, Gu et al. 2022, 3.2, from unlabelled text.)
 
     python sft.py --tune prompt --data ppt --input books/ --out out/ppt       # the prompt is pretrained,
     python sft.py --tune prompt --init out/ppt --data FILE                    # then tuned to a task

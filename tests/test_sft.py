@@ -235,6 +235,15 @@ def test_neftune_scales_by_each_conversations_own_length():
         assert 0.9 * bound < part.abs().max() <= bound
 
 
+def test_neftune_does_not_count_padding(tokenizer):
+    noise, examples, lengths = sft.Neftune(make(tokenizer), 5.0), encoded(tokenizer), []
+    for packing, row in ((True, [[1]]), (False, [[1]])):
+        batch = sft.to_device(data.lay_out(examples, row, 64), packing, "cpu")
+        noise.set(batch, seed=1)
+        lengths.append(noise.lengths[0, 0].item())
+    assert lengths[0] == lengths[1] + 1 == len(examples[1][0]) - 1  # the template's last line feed is not asked
+
+
 def test_neftune_is_noise_in_training_alone(tokenizer):
     model = make(tokenizer)
     noise, examples = sft.Neftune(model, 5.0), encoded(tokenizer)

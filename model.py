@@ -725,6 +725,58 @@ def linear_cross_entropy(x, weight, targets, vocab_size, reduction="mean", softc
 
 
 # -----------------------------------------------------------------------------
+# Log-probabilities of given tokens: what preference and reinforcement learning train on
+
+
+def token_logprobs(model, x, targets, temperature=1.0, entropy=False, chunk=0):
+    """
+    log softmax(logits / temperature)[target], float32 and 0 where the target is -100, from the hidden states x (B, T, C)
+    and targets (B, T): (B, T), or with entropy a pair, the second -Σ p log p, both 0 where nothing is asked. The head
+    multiplies only positions with a target, a chunk at a time, whose logits the backward pass computes again.
+    """
+    asked = targets != -100
+    x, ids, c = model.features(x[asked]), targets[asked], model.config
+    weight, chunk = model.head_weight, chunk or loss_chunk(model.head_weight.shape[0], False)
+
+    def rows(x, ids):
+        logits = (x @ weight.to(x.dtype).T)[:, :c.vocab_size].float()
+        logp = (cap(logits, c.softcap) / temperature).log_softmax(-1)
+        own = logp.gather(1, ids.unsqueeze(1))
+        return torch.cat((own, -(logp.exp() * logp).sum(-1, keepdim=True)), 1) if entropy else own
+
+    if entropy or temperature != 1:
+        keep = torch.is_grad_enabled() and x.requires_grad
+        found = [checkpoint(rows, xi, ti, use_reentrant=False) if keep else rows(xi, ti)
+                 for xi, ti in zip(x.split(chunk), ids.split(chunk))]
+        found = torch.cat(found) if found else rows(x, ids)
+    else:
+        found = -linear_cross_entropy(x, weight, ids, c.vocab_size, "none", c.softcap, chunk).unsqueeze(1)
+    out = found.new_zeros((*targets.shape, found.shape[1]))
+    out[asked] = found
+    return tuple(out.unbind(-1)) if entropy else out.squeeze(-1)
+
+
+def add_up(values, segments, n):
+    """Sums of values (…) over each segment number 0 … n - 1; segments (…), negative: left out. Returns (n,)."""
+    at = segments.flatten()
+    sums = values.new_zeros(n + 1).index_add(0, torch.where(at < 0, n, at), values.flatten())
+    return sums[:n]
+
+
+def sequence_logprobs(model, idx, targets, segments, n, positions=None, doc_ids=None, temperature=1.0):
+    """
+    Σ log p(target) over each of n sequences that lie, packed or padded, in rows idx (R, T), in nats, (n,) float32.
+
+    targets (R, T): the id that each position predicts, -100 where none is asked; segments (R, T): the number of the
+    sequence that the target belongs to, -1 for none; positions (R, T) and doc_ids as in GPT.forward. Logits exist only
+    in chunks and only where a target is: see token_logprobs. data.pack_branches makes the arguments.
+    """
+    def sums(model, x):
+        return add_up(token_logprobs(model, x, targets, temperature), segments, n)
+    return model(idx, positions=positions, doc_ids=doc_ids, outcome=sums)
+
+
+# -----------------------------------------------------------------------------
 # The model
 
 
@@ -832,12 +884,14 @@ class GPT(nn.Module):
         slopes = c.alibi_scale * self.slopes[self.heads] if c.pos == "alibi" else None
         n_head = len(range(c.n_head)[self.heads])
         cached = i.dim() == 2
+        if doc_ids is not None:  # own (B, T), and a second document that a token sees besides its own
+            own, also = doc_ids.unbind(-1) if doc_ids.dim() == 3 else (doc_ids, doc_ids)
 
         def seer(kind):  # the kind is of the closure: torch.compile would not notice another default argument
             def sees(b, h, i, j):
                 see = visible(kind, c.window, i, j)
-                if doc_ids is not None:  # a token sees its own document
-                    see = see & (doc_ids[b, i] == doc_ids[b, j])
+                if doc_ids is not None:
+                    see = see & ((own[b, i] == own[b, j]) | (also[b, i] == own[b, j]))
                 if prefix is not None:  # the first `prefix` tokens see each other
                     see = see | ((i < prefix[b]) & (j < prefix[b]))
                 return see
@@ -956,15 +1010,20 @@ class GPT(nn.Module):
         return cap(logits, self.config.softcap)
 
     def forward(self, idx, targets=None, cache=None, positions=None, doc_ids=None, prefix=None, embeds=None,
-                reduction="mean"):
+                reduction="mean", outcome=None):
         """
         idx (B, T) ids -> (logits (B, T, V) float32, None), or with targets (B, T) -> (None, loss in nats).
         targets of -100 do not count; reduction "mean" | "sum" | "none" (B, T).
         cache: a KVCache that the tokens continue; positions (T,) or (B, T) override the default 0, 1, 2, …;
-        doc_ids (B, T): attention stays inside a document; prefix (B,): so many first tokens of a row see each other;
-        embeds (B, T, E) replaces the embedding of idx, which may be None. Raises BadInput where T exceeds block_size.
+        doc_ids (B, T): attention stays inside a document; (B, T, 2): [..., 1] is another one that the token sees as
+        well, such as the prompt that several responses share; prefix (B,): so many first tokens of a row see each other;
+        embeds (B, T, E) replaces the embedding of idx, which may be None; outcome(model, hidden states (B, T, C)) is
+        returned in place of (logits, loss): what is computed here, DDP and FSDP know of. Raises BadInput where T
+        exceeds block_size.
         """
         x = self.trunk(idx, cache, positions, doc_ids, prefix, embeds)
+        if outcome is not None:
+            return outcome(self, x)
         if self.layers.stop < self.config.n_layer:
             return x  # the next stage's idx
         if targets is None:

@@ -776,6 +776,57 @@ def sequence_logprobs(model, idx, targets, segments, n, positions=None, doc_ids=
     return model(idx, positions=positions, doc_ids=doc_ids, outcome=sums)
 
 
+def shares_prompts(config):
+    """May packed responses share a prompt? Behind one, windows, ALiBi and T5 would count distances in the row."""
+    return config.pos not in ("alibi", "t5") and set(config.attn_kinds) == {"full"}
+
+
+def step_forward(sharded, last=True, **inputs):
+    """
+    A Sharded's forward pass in training, with any input of GPT.forward; ranks talk about gradients only at the step's
+    last one.
+    """
+    if sharded.sharded:
+        sharded.model.set_requires_gradient_sync(last)
+    with contextlib.nullcontext() if last or sharded.forward is sharded.model else sharded.forward.no_sync():
+        return sharded.forward(**inputs)
+
+
+@torch.no_grad()
+def end_scores(model, groups, tokens=8192):
+    """
+    The scalar head's value at the last token of each response, [[float, …], …], groups as in data.pack_branches: what a
+    reward model says. About `tokens` tokens at a time, padding-free.
+    """
+    import data
+    c, found = model.config, {}
+    share, T = shares_prompts(c), c.block_size
+    groups = [(p, [[*r, 0] for r in responses]) for p, responses in groups]  # the end token is read too
+    for batch in data.micro_batches(groups, T, max(1, tokens // T), share):
+        packed = data.pack_branches([groups[g] for g in batch], T, share)
+        idx, targets, positions, doc_ids, segments = (torch.from_numpy(a).to(model.device) for a in packed[:5])
+        values = model.scalars(idx, positions=positions, doc_ids=doc_ids)
+        last = segments >= 0
+        last[:, :-1] &= segments[:, 1:] != segments[:, :-1]
+        scores = values.new_zeros(packed.n).index_copy(0, segments[last], values[last]).tolist()
+        for g in batch:
+            found[g], scores = scores[:len(groups[g][1])], scores[len(groups[g][1]):]
+    return [found[g] for g in range(len(groups))]
+
+
+def rollouts(model, prompts, n, end, max_new_tokens, temperature=1.0, seed=0, batch=256):
+    """
+    n responses to each prompt (ids): [[ids, …], …], each with the id `end` where it ended by itself within
+    max_new_tokens. Response k of prompt g draws from stream seed · 2^32 + g n + k, whatever the batch.
+    """
+    rows, found = [(list(p), (seed << 32) + i) for i, p in enumerate(p for p in prompts for _ in range(n))], []
+    for part in (rows[i:i + batch] for i in range(0, len(rows), batch)):
+        tokens, _ = model.generate([p for p, _ in part], max_new_tokens, stop=[end], temperature=temperature,
+                                   seed=[s for _, s in part])
+        found += [ids + [end] * (len(ids) < max_new_tokens) for ids in tokens]
+    return [found[i:i + n] for i in range(0, len(found), n)]
+
+
 # -----------------------------------------------------------------------------
 # The model
 

@@ -27,10 +27,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bpe import BadInput, Tokenizer, replace_file
+from bpe import BadInput, Tokenizer, render_chat, replace_file
 
 CORPORA = ("bios", "arithmetic", "shakespeare", "tinystories", "fineweb", "text", "stdlib")
 MAGIC = 20240520  # of the public fineweb shards: header[0]; header[1] version, header[2] number of tokens
+TASKS = ("arithmetic",)  # questions whose answers a program checks
 TOKENIZER_CHARS = 100_000_000  # a tokenizer is trained on at most this much of a corpus
 
 # -----------------------------------------------------------------------------
@@ -547,3 +548,41 @@ def pack_branches(groups, T, share=True, ask_prompt=False, rows=0):
             ids = responses[i]
             write(row, [prompt[-1], *ids[:-1]], ids, len(prompt) - 1, first[g] + i, document, shared)
     return Packed(idx, targets, positions, doc_ids, segments, n)
+
+
+def prompt_and_response(tokenizer, messages, text, template=None):
+    """A chat that the assistant ends with `text` -> (ids up to where the answer begins, the answer's with its end)."""
+    ids, mask = render_chat(tokenizer, [*messages, {"role": "assistant", "content": text}], template)
+    end = len(mask) - mask[::-1].index(1)
+    start = max((i + 1 for i in range(end) if not mask[i]), default=0)
+    return list(ids[:start]), list(ids[start:end])
+
+
+def is_right(text, answer):
+    """Does an answer agree with the known one: the last number, where that comes after GSM8K's ####, or all of it."""
+    if "####" in answer:
+        numbers = re.findall(r"-?\d[\d,]*\.?\d*", text)
+        return bool(numbers) and numbers[-1].replace(",", "").rstrip(".") == answer.split("####")[-1].strip().replace(",", "")
+    return text.strip() == answer.strip()
+
+
+def question(tokenizer, text, template=None):
+    """The ids of a chat in which the user asks `text` and the assistant is about to answer."""
+    return list(render_chat(tokenizer, [{"role": "user", "content": text}], template, generation=True)[0])
+
+
+def answer_text(tokenizer, ids):
+    """What an answer says, without special tokens."""
+    special = set(tokenizer.special.values())
+    return tokenizer.decode([i for i in ids if i not in special])
+
+
+def read_tasks(name, split, n, input=None):
+    """n questions of a task module (problems(split, n)) or of a .jsonl file: [{"prompt", "answer"}, …]."""
+    if name in TASKS:
+        return list(importlib.import_module(f"data.{name}").problems(split, n))
+    from data import text
+    rows = [row for _, row in islice(text.json_rows(Path(input)), n)]
+    if not rows or not all(isinstance(row.get("prompt", row.get("question")), str) for row in rows):
+        raise BadInput(f"{input} is no list of questions: give an object with prompt and answer on each line")
+    return [{"prompt": row.get("prompt", row.get("question")), "answer": str(row.get("answer", ""))} for row in rows]

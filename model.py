@@ -477,8 +477,10 @@ class Attention(nn.Module):
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D), (B, Hkv, T, D) twice
         if cache is not None:
             k, v = cache(k, v)  # now every key and value so far: (B, Hkv, S, D)
-        y = attend(q, k, v, view, self.scale, self.dropout if self.training else 0.0)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o(self.mix(q, k, v, view).transpose(1, 2).reshape(B, T, -1))
+
+    def mix(self, q, k, v, view):
+        return attend(q, k, v, view, self.scale, self.dropout if self.training else 0.0)
 
 
 class MLP(nn.Module):
@@ -899,6 +901,7 @@ class GPT(nn.Module):
         self.compute_dtype = torch.float32  # of activations; weights are cast where they are used
         self.loss = linear_cross_entropy
         self.z_loss = 0.0  # of linear_cross_entropy, while training
+        self.adapter = self.virtual = None  # of lora.py: what was applied, and its tokens before everybody's own
         self._decoder = None
         # what a rank of a larger machine holds, see shard
         self.layers = range(c.n_layer)  # of its pipeline stage
@@ -924,7 +927,8 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self):
-        return self.wte.weight if self.head is None else self.head.weight
+        head = self.wte if self.head is None else self.head
+        return head.effective() if hasattr(head, "effective") else head.weight  # lora.py's
 
     def views(self, B, T, i, keys, doc_ids, prefix, flexible):
         """
@@ -1000,17 +1004,21 @@ class GPT(nn.Module):
             x = self.embd_norm(x)
         return F.dropout(x, c.dropout, self.training)
 
-    def trunk(self, idx, cache=None, positions=None, doc_ids=None, prefix=None, embeds=None):
+    def trunk(self, idx, cache=None, positions=None, doc_ids=None, prefix=None, embeds=None, through=None):
         """
         Hidden states (B, T, C) after the last norm. Arguments as in forward. With tensor parallelism the residual
         stream is each rank's part of the sequence, (B, T / tp, C); idx of a later pipeline stage is that stream.
+        through(layer, cache or None, k, v) -> k, v may change what a layer attends to, (B, Hkv, S, D).
         """
         c = self.config
         B, T = (idx if embeds is None else embeds).shape[:2]
         T = T if self.layers.start == 0 or self.tp is None else T * dist.get_world_size(self.tp)
         device = self.device
         static = cache is not None and cache.static  # then the engine has counted
-        room = c.block_size if cache is None else min(c.block_size, cache.size) - cache.bound
+        virtual = 0
+        if self.virtual is not None and through is None:
+            through, virtual = self.virtual(self), self.virtual.tokens
+        room = (c.block_size if cache is None else min(c.block_size, cache.size) - cache.bound) - virtual
         if T > room and not static:
             raise BadInput(f"{T} tokens do not fit into the {room} left of the model's context of {c.block_size}: "
                            f"shorten the input, or train with a larger --block_size")
@@ -1020,11 +1028,13 @@ class GPT(nn.Module):
         if cache is not None:
             places = places if prefill else cache.pos[:, None] + places
             cache.bound = min(cache.bound + T, cache.size)
-        positions = places if positions is None else positions
+        positions = (places if positions is None else positions) + virtual
         keys = T if cache is None or prefill else cache.seen()
         keys = keys if self.cp is None else len(self.in_order)
-        flexible = device.type == "cuda" and cache is None and not (self.training and c.dropout)
+        flexible = device.type == "cuda" and cache is None and not (self.training and c.dropout) and not virtual
         views = self.views(B, T, places, keys, doc_ids, prefix, flexible)
+        if virtual:
+            views = {kind: self.virtual.widen(view, T, device) for kind, view in views.items()}
 
         rope = None
         if c.pos == "rope":
@@ -1036,10 +1046,14 @@ class GPT(nn.Module):
                 x = self.mix_x[l].to(x.dtype) * x + self.mix_x0[l].to(x.dtype) * x0
             if self.cp is not None:
                 x = block(x, rope, views[kind], self.everyones)
-            elif cache is None:
+            elif cache is None and through is None:
                 x = block(x, rope, views[kind])
             else:  # a block with a cache is not compiled
-                kv = functools.partial(cache.fill, l) if prefill else functools.partial(cache.update, l, places)
+                kv = None
+                if cache is not None:
+                    kv = functools.partial(cache.fill, l) if prefill else functools.partial(cache.update, l, places)
+                if through is not None:
+                    kv = functools.partial(through, l, kv)
                 x = block.forward(x, rope, views[kind], kv)
         if cache is not None:
             cache.pos.add_(T)
@@ -1104,6 +1118,9 @@ class GPT(nn.Module):
             path = hub(str(name_or_dir))
         if (path / "config.json").exists():
             return load_hf(path, device, dtype)
+        if (path / "adapter_config.json").exists():  # PEFT's
+            import lora
+            return lora.load(path, device, dtype)
         raise BadInput(f"--init {name_or_dir}: no run.json and no config.json there; give a run directory such "
                        f"as out/base, a Hugging Face directory or a hub name such as gpt2")
 
@@ -2681,6 +2698,9 @@ def load_run(path, device="cpu", dtype=torch.float32):
     path = Path(path)
     try:
         run = json.loads((path / "run.json").read_text())
+        if "base" in run:  # an adapter
+            import lora
+            return lora.load(path, device, dtype), run
         known = {f.name for f in fields(GPTConfig)}
         unknown = sorted(set(run["config"]) - known)
         if unknown:

@@ -1,0 +1,980 @@
+"""
+Parameter-efficient tuning: a frozen model and a few trained numbers in it, kept apart in a file of megabytes.
+
+    lora        y = W x + (α/r) B A x, A Gaussian, B zero                      Hu et al. 2021; α/√r: Kalajdzievski 2023
+    qlora       the same over 4-bit weights (--quantize nf4)                   Dettmers et al. 2023
+    dora        y = m ∘ V x / |V|, V = W + (α/r) B A, m a length for each row  Liu et al. 2024
+    adalora     (α/r) B diag(E) A, the least important triplets pruned         Zhang et al. 2023
+    prompt      vectors before the embedded text                               Lester et al. 2021
+    ptuning     the same, written by an LSTM while training                    Liu et al. 2021
+    prefix      keys and values of each layer, written by an MLP               Li & Liang 2021
+    ptuning2    keys and values of each layer, trained as they are             Liu et al. 2022
+    serial      f(x) + U relu(D f(x)) after attention and MLP                  Houlsby et al. 2019
+    parallel    f(x) + U relu(D x) beside them                                 He et al. 2022
+    zeroinit    attention + g · attention over learned prompts, g from 0       LLaMA-Adapter, Zhang et al. 2023
+    bitfit      the biases                                                     Ben Zaken et al. 2022
+
+What is added lies in the modules it changes under names of its own, so the base's tensors keep theirs. A saved adapter is
+the two files of PEFT's format and a run.json that names its base; every --init reads it.
+
+    python lora.py                                          # how many numbers each method trains
+    python lora.py count llama-7b --lora_targets all,head
+    python lora.py merge out/sft --out out/merged           # one plain model
+    python lora.py bench --preset gpt2-xl --device cuda     # memory and speed: full, LoRA, QLoRA
+"""
+import argparse
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from bpe import BadInput, Tokenizer, cli, read_json, replace_file
+from model import (GPT, PRESETS, Attention, MLP, fuse_qkv, hf_places, load_safetensors, meta_model, newest_run, preset,
+                   save_run, save_safetensors, split_qkv, to_hf_config)
+
+
+@dataclass
+class Adapter:
+    """What is added to a model; every field is a flag of the stages that tune, see add_flags."""
+    tune: str = "lora"
+    lora_rank: int = 8
+    lora_alpha: float = 0.0   # 0: twice the rank
+    lora_targets: str = "q,v"
+    lora_dropout: float = 0.0
+    rslora: bool = False
+    virtual_tokens: int = 20
+    virtual_init: str = "vocab"
+    adapter_width: int = 0    # 0: n_embd / 16
+    train_embeddings: bool = False
+    quantize: str = "none"
+
+    def __post_init__(self):
+        if self.tune not in METHODS:
+            raise BadInput(f"--tune {self.tune} is unknown: choose one of full, {', '.join(METHODS)}")
+        if self.lora_rank < 1:
+            raise BadInput(f"--lora_rank {self.lora_rank}: an adapter needs a rank of at least 1, for example 8")
+        if not 0 <= self.lora_dropout < 1:
+            raise BadInput(f"--lora_dropout {self.lora_dropout} is not a probability below 1")
+        if self.virtual_tokens < 1:
+            raise BadInput(f"--virtual_tokens {self.virtual_tokens}: give at least one, for example 20")
+
+    @property
+    def alpha(self):
+        return self.lora_alpha or 2.0 * self.lora_rank
+
+
+def add_flags(parser):
+    """The flags that sft.py, dpo.py and rlhf.py share; from_args reads them."""
+    add, d = parser.add_argument, {f.name: f.default for f in fields(Adapter)}
+    add("--tune", default=None, choices=["full", *METHODS],
+        help="what is trained, see python lora.py --help (default: lora with --lora_rank or --quantize, else full)")
+    add("--lora_rank", type=int, default=0, help=f"r (default: {d['lora_rank']} where a rank is needed)")
+    add("--lora_alpha", type=float, default=d["lora_alpha"], help="α (0: twice the rank)")
+    add("--lora_targets", default=d["lora_targets"],
+        help="of q, k, v, o, gate, up, down, head, wte; all: the blocks'; or patterns of full names, comma-separated")
+    add("--lora_dropout", type=float, default=d["lora_dropout"], help="of what enters A")
+    add("--rslora", action="store_true", help="scale by α / sqrt(r)")
+    add("--virtual_tokens", type=int, default=d["virtual_tokens"], help="of prompt, prefix, ptuning and zeroinit")
+    add("--virtual_init", default=d["virtual_init"],
+        help="of prompt: random, vocab (embeddings of frequent tokens), or a text such as the classes' names")
+    add("--adapter_width", type=int, default=d["adapter_width"], help="of serial and parallel (0: n_embd / 16)")
+    add("--train_embeddings", action="store_true", help="token embedding and head too, as new tokens need")
+    add("--quantize", default=d["quantize"], help="the frozen base: none, nf4, or another method of quantize.py")
+
+
+def from_args(args):
+    """The Adapter that the flags ask for, or None for full tuning."""
+    tune = args.tune or ("lora" if args.lora_rank or args.quantize != "none" else "full")
+    if tune == "full":
+        if args.quantize != "none":
+            raise BadInput(f"--quantize {args.quantize}: whole numbers take no gradient, so --tune full needs none: "
+                           f"choose --tune lora, or leave --quantize out")
+        return None
+    given = {f.name: getattr(args, f.name) for f in fields(Adapter)}
+    return Adapter(**given | {"tune": tune, "lora_rank": args.lora_rank or Adapter.lora_rank})
+
+
+# -----------------------------------------------------------------------------
+# Low rank: mixed into a module's own class, so that it stays where and what it is
+
+
+def dense(module):
+    """The weight of a Linear, quantized or not, as (out, in)."""
+    return module.weight if hasattr(module, "weight") else module.dequantize()
+
+
+class LowRank:
+    """
+    y = W x + b + s B (E ∘ A) drop(x), with lora_A (r, in), lora_B (out, r), in float32 whatever W is; lora_E (r, 1) only
+    with AdaLoRA. lora_m (out,) makes it DoRA's: g (y - b) + b, g = m / |W + s B A| by rows, the length held constant
+    in the backward pass (Liu et al. 2024, 4.3).
+    """
+    on = True
+
+    def graft(self, rank, scale, drop, tune, generator):
+        into, out = self.in_features, self.out_features
+        self.scale, self.drop = scale, drop
+        device = dense(self).device
+
+        def normal(*shape, std):
+            return nn.Parameter((torch.randn(shape, generator=generator) * std).to(device))
+        self.lora_A = normal(rank, into, std=0.02 if tune == "adalora" else into ** -0.5)
+        self.lora_B = nn.Parameter(torch.zeros(out, rank, device=device))
+        self.register_parameter("lora_E", None)
+        self.register_parameter("lora_m", None)
+        if tune == "adalora":
+            self.lora_B = normal(out, rank, std=0.02)
+            self.lora_E = nn.Parameter(torch.zeros(rank, 1, device=device))
+        if tune == "dora":
+            self.lora_m = nn.Parameter(dense(self).detach().float().norm(dim=1))
+
+    def low_rank(self):
+        """A, with E in it, and B."""
+        return (self.lora_A if self.lora_E is None else self.lora_A * self.lora_E), self.lora_B
+
+    def gain(self, weight):
+        A, B = self.low_rank()
+        return self.lora_m / (weight.float() + self.scale * (B @ A)).norm(dim=1).detach()
+
+    def effective(self):
+        """The one matrix (out, in) that does the same, with dropout off; differentiable, in float32."""
+        weight = dense(self).float()
+        if not self.on:
+            return weight
+        A, B = self.low_rank()
+        new = weight + self.scale * (B @ A)
+        return new if self.lora_m is None else new * self.gain(weight).unsqueeze(1)
+
+    def forward(self, x):
+        y = super().forward(x)
+        if not self.on:
+            return y
+        A, B = self.low_rank()
+        h = F.linear(F.dropout(x, self.drop, self.training), A.to(x.dtype))
+        delta = F.linear(h, B.to(x.dtype)) * self.scale
+        if self.lora_m is None:
+            return y + delta
+        bias = 0 if self.bias is None else self.bias.to(x.dtype)
+        return (y - bias + delta) * self.gain(dense(self)).to(x.dtype) + bias
+
+
+class LowRankEmbedding:
+    """wte(i) + s B A_i, with lora_A (r, V) zero and lora_B (C, r) Gaussian."""
+    on = True
+
+    def graft(self, rank, scale, drop, tune, generator):
+        self.scale, device = scale, self.weight.device
+        self.lora_A = nn.Parameter(torch.zeros(rank, self.num_embeddings, device=device))
+        self.lora_B = nn.Parameter(torch.randn(self.embedding_dim, rank, generator=generator).to(device))
+
+    def effective(self):
+        weight = self.weight.float()
+        return weight + self.scale * (self.lora_B @ self.lora_A).T if self.on else weight
+
+    def forward(self, idx):
+        x = super().forward(idx)
+        return x + self.scale * F.embedding(idx, self.lora_A.T) @ self.lora_B.T if self.on else x
+
+
+@functools.cache
+def crossed(kind, base):
+    return type(f"{kind.__name__}{base.__name__}", (kind, base), {})
+
+
+def mix_in(module, kind):
+    module.__class__ = crossed(kind, type(module))
+
+
+def find_linears(model):
+    """name -> module of everything that lora_targets can name."""
+    chosen = {name: m for name, m in model.named_modules() if name.startswith("blocks.") and hasattr(m, "in_features")}
+    chosen |= {"wte": model.wte} | ({} if model.head is None else {"head": model.head})
+    return chosen
+
+
+def find_targets(model, targets):
+    """The names of find_linears that a comma-separated list of short names or patterns of full names selects."""
+    linears, chosen = find_linears(model), []
+    for target in targets.split(","):
+        if target == "all":
+            found = [name for name in linears if name.startswith("blocks.")]
+        else:
+            try:
+                found = [n for n in linears if re.fullmatch(target, n) or re.fullmatch(target, n.rsplit(".", 1)[-1])]
+            except re.error as error:
+                raise BadInput(f"--lora_targets {target} is no pattern ({error})") from None
+        if not found:
+            known = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise BadInput(f"--lora_targets {target} matches nothing: this model has {', '.join(known)}; or say all")
+        chosen += [name for name in found if name not in chosen]
+    return chosen
+
+
+def add_low_rank(model, adapter, generator, tokenizer=None, ranks=None):
+    """ranks: {name: (rank, alpha)} in place of the targets' common ones."""
+    r = math.ceil(ADALORA_START * adapter.lora_rank) if adapter.tune == "adalora" else adapter.lora_rank
+    ranks = ranks or dict.fromkeys(find_targets(model, adapter.lora_targets), (r, adapter.alpha))
+    for name, (r, alpha) in ranks.items():
+        module = model.get_submodule(name)
+        embedding = isinstance(module, nn.Embedding)
+        if embedding and adapter.tune != "lora":
+            raise BadInput(f"--lora_targets wte: an embedding takes --tune lora, not {adapter.tune}")
+        mix_in(module, LowRankEmbedding if embedding else LowRank)
+        module.graft(r, alpha / rank_unit(adapter, r), adapter.lora_dropout, adapter.tune, generator)
+
+
+def rank_unit(adapter, r):
+    """What α is divided by."""
+    return math.sqrt(r) if adapter.rslora else r + 1e-5 if adapter.tune == "adalora" else r
+
+
+# -----------------------------------------------------------------------------
+# AdaLoRA: where the rank goes
+
+
+def orthogonality(model):
+    """Mean over all A and B of |A Aᵀ - I| and |Bᵀ B - I| (Frobenius): P and Q of an SVD (Zhang et al. 2023, eq. 4)."""
+    parts = [g for m in model.modules() if isinstance(m, LowRank)
+             for g in (m.lora_A @ m.lora_A.T, m.lora_B.T @ m.lora_B)]
+    return sum((g - torch.eye(len(g), device=g.device)).norm() for g in parts) / len(parts)
+
+
+class RankAllocator:
+    """
+    Prunes triplets (row of A, E, column of B) over the steps to `average` a matrix (Zhang et al. 2023, 3.2). After a
+    step's update, while its gradients are there:
+        I = |w ∂L/∂w|,  Ī ← β Ī + (1 - β) I,  U ← β U + (1 - β) |I - Ī|,  s = Ī U for each number w,
+        S = s(E) + mean s(A row) + mean s(B column);   E ← 0 outside the budget's largest S.
+    The budget falls with the cube of what is left of the steps between warm and steps - final.
+    """
+
+    def __init__(self, model, average, steps, warm, final, every=1, beta=0.85):
+        self.parts = [m for m in model.modules() if isinstance(m, LowRank)]
+        self.steps, self.warm, self.final, self.every, self.beta = steps, warm, final, every, beta
+        self.first = sum(len(m.lora_A) for m in self.parts)
+        self.last = average * len(self.parts)
+        self.state = [{n: torch.zeros(2, *getattr(m, n).shape, device=m.lora_A.device)
+                       for n in ("lora_A", "lora_B", "lora_E")} for m in self.parts]
+        self.keep = None
+        if self.last >= self.first:
+            raise BadInput(f"--lora_rank {average} is not below the {self.first // len(self.parts)} that adalora starts "
+                           f"from: there is nothing to prune")
+
+    def budget(self, step):
+        left = 1 - (step - self.warm) / (self.steps - self.final - self.warm)
+        return int((self.first - self.last) * left ** 3 + self.last)
+
+    @torch.no_grad()
+    def step(self, step):
+        end = self.steps - self.final
+        if step < end:
+            for m, state in zip(self.parts, self.state):
+                for name, (mean, unsure) in state.items():
+                    p = getattr(m, name)
+                    importance = (p * p.grad).abs()
+                    mean.lerp_(importance, 1 - self.beta)
+                    unsure.lerp_((importance - mean).abs(), 1 - self.beta)
+        if step == end or self.warm < step < end and step % self.every == 0:
+            self.choose(self.last if step == end else self.budget(step))
+        elif step > end and self.keep is not None:
+            self.prune()
+
+    def choose(self, budget):
+        scores = []
+        for state in self.state:
+            a, b, e = (state[name].prod(0) for name in ("lora_A", "lora_B", "lora_E"))
+            scores.append(e.view(-1) + a.mean(1) + b.mean(0))
+        threshold = torch.cat(scores).kthvalue(self.first - budget).values if budget < self.first else -1.0
+        self.keep = [s > threshold for s in scores]
+        self.prune()
+
+    def prune(self):
+        for m, keep in zip(self.parts, self.keep):
+            m.lora_E.masked_fill_(~keep[:, None], 0.0)
+
+
+# -----------------------------------------------------------------------------
+# Virtual tokens: keys and values that every token of every document sees before its own
+
+
+class Virtual(nn.Module):
+    """
+    P keys and values a layer, before everybody's own; the text's positions begin at P. prefix and ptuning2 train them,
+    (P, 2 L, Hkv, D) in PEFT's order; prompt and ptuning train P embeddings, and since the text comes after them, all
+    that it sees of them is their keys and values, computed once for a batch. Packed documents share them.
+    """
+
+    def __init__(self, model, adapter, generator, tokenizer=None):
+        super().__init__()
+        c, P = model.config, adapter.virtual_tokens
+        self.tokens, self.kind = P, adapter.tune
+        width = c.n_kv_head * c.head_dim
+        shape = (P, 2 * c.n_layer * width) if self.kind == "ptuning2" else \
+            (P, width) if self.kind == "prefix" else (P, c.embd_dim)
+        start = torch.randn(shape, generator=generator)
+        if self.kind in ("prompt", "ptuning"):
+            start = initial_prompt(model, adapter, start, tokenizer)
+        self.table = nn.Parameter(start)
+        self.encoder = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2 ** 31, (), generator=generator)))
+            if self.kind == "prefix":
+                self.encoder = nn.Sequential(nn.Linear(width, c.n_embd), nn.Tanh(),
+                                             nn.Linear(c.n_embd, 2 * c.n_layer * width))
+            elif self.kind == "ptuning":
+                self.encoder = PromptEncoder(c.embd_dim)
+        self.kept, self.fresh = None, False  # while nothing trains: the keys and values, and whether they hold
+        self.to(model.device)
+
+    def train(self, mode=True):
+        self.fresh = False
+        return super().train(mode)
+
+    def written(self):
+        """What is kept after training, without its encoder: (P, E) or (P, 2 L Hkv D)."""
+        return self.table if self.encoder is None else self.encoder(self.table)
+
+    def keys_values(self, model):
+        """(L, 2, Hkv, P, D)"""
+        c = model.config
+        if self.kind in ("prefix", "ptuning2"):
+            kv = self.written().view(self.tokens, c.n_layer, 2, c.n_kv_head, c.head_dim).permute(1, 2, 3, 0, 4)
+            return kv.to(model.compute_dtype)
+        layers = []
+
+        def record(l, cache, k, v):
+            layers.append(torch.cat((k, v)))
+            return k, v
+        model.trunk(None, embeds=self.written()[None], through=record)
+        return torch.stack(layers)
+
+    def __call__(self, model):
+        """-> through(layer, cache, k, v), see GPT.trunk."""
+        if torch.is_grad_enabled() and self.table.requires_grad or self.training:
+            kv = self.keys_values(model)
+        else:
+            if not self.fresh:
+                kv = self.keys_values(model)
+                # always the same memory: a recorded step reads there
+                self.kept = kv if self.kept is None or self.kept.shape != kv.shape or self.kept.dtype != kv.dtype \
+                    else self.kept.copy_(kv)
+                self.fresh = True
+            kv = self.kept
+
+        def through(l, cache, k, v):
+            if cache is not None:
+                k, v = cache(k, v)
+            mine = kv[l].unsqueeze(1).expand(-1, len(k), -1, -1, -1)
+            return torch.cat((mine[0], k), 2), torch.cat((mine[1], v), 2)
+        return through
+
+    def widen(self, view, T, device):
+        """A mask of attend's for the keys that there are now."""
+        if view is None:
+            return torch.ones(T, self.tokens + T, dtype=torch.bool, device=device).tril(self.tokens)
+        return F.pad(view, (self.tokens, 0), value=True if view.dtype == torch.bool else 0.0)
+
+
+class PromptEncoder(nn.Module):
+    """A two-layer LSTM in both directions and an MLP over the prompt's vectors (P, E) (P-tuning, Liu et al. 2021, 3.2)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.lstm_head = nn.LSTM(width, width, num_layers=2, bidirectional=True, batch_first=True)
+        self.mlp_head = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+
+    def forward(self, x):
+        return self.mlp_head(self.lstm_head(x[None])[0])[0]
+
+
+def initial_prompt(model, adapter, start, tokenizer):
+    """Lester et al. 2021, 3.2: random < embeddings of frequent tokens < those of the classes' names."""
+    if model.device.type == "meta":  # to count
+        return start
+    table, P = model.wte.weight.detach().float().cpu(), adapter.virtual_tokens
+    if adapter.virtual_init == "random":
+        return start * table[:model.config.vocab_size].std()
+    if adapter.virtual_init == "vocab":  # merges are numbered by frequency: the first 5,000
+        n = min(5000, model.config.vocab_size)
+        ids = (torch.arange(P) * max(1, n // P) + n // (2 * P)) % n
+    else:
+        if tokenizer is None:
+            raise BadInput(f"--virtual_init {adapter.virtual_init!r} is a text and needs a tokenizer: use random or vocab")
+        ids = torch.tensor(tokenizer.encode(adapter.virtual_init))
+        ids = ids.repeat(math.ceil(P / max(1, len(ids))))[:P]
+    return table[ids].clone()
+
+
+def add_virtual(model, adapter, generator, tokenizer=None):
+    c = model.config
+    if c.attn != "full" or c.pos in ("alibi", "t5") or c.share > 1 or c.prefix_lm:
+        raise BadInput(f"--tune {adapter.tune}: virtual tokens need full causal attention, blocks of their own and "
+                       f"positions by rope, table or sine, not attn={c.attn}, pos={c.pos}, share={c.share}")
+    if adapter.virtual_tokens >= c.block_size:
+        raise BadInput(f"--virtual_tokens {adapter.virtual_tokens} leave nothing of the context of {c.block_size}")
+    model.virtual = Virtual(model, adapter, generator, tokenizer)
+
+
+# -----------------------------------------------------------------------------
+# Bottlenecks, zero-init attention, biases
+
+
+class Bottleneck:
+    """f(x) + U relu(D z + d) + u, with z = f(x) (serial) or x (parallel); U and u start at zero, so nothing changes."""
+    on = True
+
+    def graft(self, width, parallel, c, generator):
+        self.beside, device = parallel, next(self.parameters()).device
+        down = torch.randn(width, c.n_embd, generator=generator) * c.n_embd ** -0.5
+        self.adapter_down, self.adapter_down_bias = nn.Parameter(down.to(device)), nn.Parameter(torch.zeros(width, device=device))
+        self.adapter_up = nn.Parameter(torch.zeros(c.n_embd, width, device=device))
+        self.adapter_up_bias = nn.Parameter(torch.zeros(c.n_embd, device=device))
+
+    def forward(self, x, *rest):
+        y = super().forward(x, *rest)
+        if not self.on:
+            return y
+        down, d, up, u = (p.to(x.dtype) for p in (self.adapter_down, self.adapter_down_bias, self.adapter_up,
+                                                  self.adapter_up_bias))
+        return y + F.linear(F.relu(F.linear(x if self.beside else y, down, d)), up, u)
+
+
+def add_bottlenecks(model, adapter, generator, tokenizer=None):
+    width = adapter.adapter_width or max(1, model.config.n_embd // 16)
+    for m in [m for m in model.modules() if isinstance(m, (Attention, MLP))]:
+        mix_in(m, Bottleneck)
+        m.graft(width, adapter.tune == "parallel", model.config, generator)
+
+
+class ZeroInit:
+    """
+    Attention that adds g · softmax(q Kᵀ / sqrt(D)) V over the keys and values of P learned vectors, g from zero. The
+    vectors have no position.
+    """
+    on = True
+
+    def graft(self, P, c, generator):
+        device = next(self.parameters()).device
+        self.adapter_prompt = nn.Parameter(torch.randn(P, c.n_embd, generator=generator).to(device))
+        self.adapter_gate = nn.Parameter(torch.zeros(1, device=device))
+
+    def mix(self, q, k, v, view):
+        y = super().mix(q, k, v, view)
+        if not self.on:
+            return y
+        prompt = self.adapter_prompt.to(q.dtype)
+        pk, pv = (f(prompt).view(len(prompt), -1, self.head_dim) for f in (self.k, self.v))
+        pk = pk if self.k_norm is None else self.k_norm(pk)
+        pk, pv = (t.transpose(0, 1).expand(len(q), -1, -1, -1) for t in (pk, pv))  # (B, Hkv, P, D)
+        everyone = torch.ones(1, 1, dtype=torch.bool, device=q.device)
+        more = F.scaled_dot_product_attention(q, pk, pv, attn_mask=everyone.expand(q.shape[2], len(prompt)),
+                                              scale=self.scale, enable_gqa=q.shape[1] != pk.shape[1])
+        return y + self.adapter_gate.to(q.dtype) * more
+
+
+def add_zero_init(model, adapter, generator, tokenizer=None):
+    for block in model.blocks:
+        mix_in(block.attn, ZeroInit)
+        block.attn.graft(adapter.virtual_tokens, model.config, generator)
+
+
+def add_biases(model, adapter, generator, tokenizer=None):
+    if not any(name.endswith("bias") for name, _ in model.named_parameters()):
+        raise BadInput("--tune bitfit trains biases, and this model has none: choose --tune lora, or a model with biases "
+                       "such as gpt2")
+
+
+# name: what it adds to a model
+METHODS = {"lora": add_low_rank, "dora": add_low_rank, "adalora": add_low_rank,
+           "prompt": add_virtual, "ptuning": add_virtual, "prefix": add_virtual, "ptuning2": add_virtual,
+           "serial": add_bottlenecks, "parallel": add_bottlenecks, "zeroinit": add_zero_init, "bitfit": add_biases}
+GRAFTS = (LowRank, LowRankEmbedding, Bottleneck, ZeroInit)
+ADALORA_START = 1.5  # AdaLoRA begins with so many times the rank that it ends with
+
+# -----------------------------------------------------------------------------
+# Apply, switch off, merge
+
+
+def apply(model, adapter, tokenizer=None, seed=0, ranks=None):
+    """
+    Freeze the model and add the adapter, in place; only what is named by trained_names takes a gradient then. Its first
+    output is the base's (but for virtual tokens, which nothing starts silent). The base is quantized before, where
+    adapter.quantize says so. ranks: see add_low_rank.
+    """
+    if model.adapter is not None:
+        raise BadInput("this model has an adapter already: merge it first (python lora.py merge RUN --out DIR)")
+    model.base_print = fingerprint(model) if model.device.type != "meta" else ""
+    if adapter.quantize != "none":
+        quantize_base(model, adapter.quantize)
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    extra = {"ranks": ranks} if ranks else {}
+    METHODS[adapter.tune](model, adapter, generator, tokenizer, **extra)
+    model.adapter, model.initial = adapter, {}
+    params = dict(model.named_parameters())
+    for name in trained_names(model):
+        params[name].requires_grad_(True)
+        if not added(name):  # the base's own, which `disabled` puts back
+            model.initial[name] = params[name].detach().clone()
+
+
+def added(name):
+    """Is this the name of a parameter that no base has?"""
+    return name.startswith("virtual.") or name.rsplit(".", 1)[-1].startswith(("lora_", "adapter_"))
+
+
+def trained_names(model):
+    """Names of the parameters that the model's adapter consists of."""
+    def mine(name):
+        if model.adapter.train_embeddings and name in ("wte.weight", "head.weight"):
+            return True
+        return added(name) or model.adapter.tune == "bitfit" and name.endswith("bias")
+    return [name for name, _ in model.named_parameters() if mine(name)]
+
+
+def trained_share(model):
+    """(numbers that are trained, all of them), those of a quantized base counted as what they stand for."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    packed = sum(m.in_features * m.out_features for m in model.modules()
+                 if hasattr(m, "in_features") and not hasattr(m, "weight"))
+    return trained, sum(p.numel() for p in model.parameters()) + packed
+
+
+def grafts(model):
+    return [m for m in model.modules() if isinstance(m, GRAFTS)]
+
+
+@contextlib.contextmanager
+def disabled(model):
+    """The base again, for as long as the context lasts: a reference model that costs no memory."""
+    if any(hasattr(m, "base_weight") for m in grafts(model)):
+        raise RuntimeError("a merged adapter cannot be switched off: unmerge(model) first")
+    parts, virtual, params = grafts(model), model.virtual, dict(model.named_parameters())
+    trained = {name: params[name].detach().clone() for name in model.initial} if model.adapter else {}
+    try:
+        for m in parts:
+            m.on = False
+        model.virtual = None
+        with torch.no_grad():
+            for name in trained:
+                params[name].copy_(model.initial[name])
+        yield model
+    finally:
+        for m in parts:
+            m.on = True
+        model.virtual = virtual
+        with torch.no_grad():
+            for name, t in trained.items():
+                params[name].copy_(t)
+
+
+@torch.no_grad()
+def merge(model):
+    """Put the adapter into the weights, W + (α/r) B A: no cost at inference. Weights keep their dtype."""
+    parts = grafts(model)
+    if model.virtual is not None or any(isinstance(m, (Bottleneck, ZeroInit)) for m in parts):
+        raise BadInput(f"--tune {model.adapter.tune} adds what no weight of the model can do: it cannot be merged; keep "
+                       f"it beside its base")
+    for m in parts:
+        if not hasattr(m, "weight"):
+            raise BadInput("this base is quantized: merge into the one that it was made from (python lora.py merge)")
+        m.base_weight = m.weight.data
+        m.weight.data = m.effective().to(m.weight.dtype)
+        m.on = False
+
+
+@torch.no_grad()
+def unmerge(model):
+    """Take it out again, bit for bit: the base's weights were kept."""
+    for m in grafts(model):
+        m.weight.data = m.base_weight
+        del m.base_weight
+        m.on = True
+
+
+def detach(model):
+    """
+    Remove the adapter, and put back what it changed of the base -> (Adapter, {name: tensor}, {module: α}), for attach:
+    several adapters can take turns on one base.
+    """
+    adapter, tensors, alphas = model.adapter, adapter_tensors(model), module_alphas(model)
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, t in model.initial.items():
+            tensors[name] = tensors[name].clone()
+            params[name].copy_(t)
+    for m in grafts(model):
+        m.__class__ = m.__class__.__bases__[1]
+        for name in [n for n in m._parameters if n.startswith(("lora_", "adapter_"))]:
+            delattr(m, name)
+    model.virtual = model.adapter = None
+    return adapter, tensors, alphas
+
+
+def adapter_tensors(model):
+    """{name: tensor} of the adapter; virtual tokens without the encoder that wrote them."""
+    names = set(trained_names(model))
+    tensors = {n: p.detach() for n, p in model.named_parameters() if n in names and not n.startswith("virtual.")}
+    if model.virtual is not None:
+        tensors["virtual.table"] = model.virtual.written().detach()
+    return tensors
+
+
+def module_alphas(model):
+    return {name: m.scale * rank_unit(model.adapter, len(m.lora_A)) for name, m in model.named_modules()
+            if isinstance(m, (LowRank, LowRankEmbedding))}
+
+
+@torch.no_grad()
+def attach(model, adapter, tensors, alphas):
+    """An adapter from detach or from a file onto its base."""
+    ranks = {name: (len(tensors[f"{name}.lora_A"]), alpha) for name, alpha in alphas.items()}
+    kind = {"prefix": "ptuning2", "ptuning": "prompt"}.get(adapter.tune, adapter.tune)  # their encoder is gone
+    many = {"virtual_tokens": len(tensors["virtual.table"])} if "virtual.table" in tensors else {}
+    apply(model, replace(adapter, tune=kind, virtual_init="random", **many), ranks=ranks)
+    params = dict(model.named_parameters())
+    odd = sorted(set(trained_names(model)) ^ tensors.keys())
+    if odd:
+        raise BadInput(f"the adapter is for another base: only one of the two has {odd[0]}")
+    for name, t in tensors.items():
+        if params[name].shape != t.shape:
+            raise BadInput(f"the adapter is for another base: its {name} has the shape {list(t.shape)}, here it would "
+                           f"be {list(params[name].shape)}")
+        params[name].copy_(t)
+
+
+def weighted(adapters, weights):
+    """
+    One LoRA that does Σ w_i of what several do, exactly: their A under each other, their B side by side. adapters: a
+    list of detach's results with rank and targets of their own.
+    """
+    parts = sorted({name for _, _, alphas in adapters for name in alphas})
+    if any(a.tune != "lora" for a, _, _ in adapters) or any(
+            not name.rpartition(".")[2].startswith("lora_") for _, tensors, _ in adapters for name in tensors):
+        raise BadInput("only adapters of --tune lora, without trained embeddings, can be added up")
+    tensors, alphas = {}, {}
+    for part in parts:
+        mine = [(a, t, al[part], w) for (a, t, al), w in zip(adapters, weights) if part in al]
+        ranks = [len(t[f"{part}.lora_A"]) for _, t, _, _ in mine]
+        tensors[f"{part}.lora_A"] = torch.cat([t[f"{part}.lora_A"] for _, t, _, _ in mine])
+        tensors[f"{part}.lora_B"] = torch.cat([t[f"{part}.lora_B"] * (w * alpha / rank_unit(a, r))
+                                               for (a, t, alpha, w), r in zip(mine, ranks)], 1)
+        alphas[part] = float(sum(ranks))  # scale 1
+    return replace(adapters[0][0], rslora=False), tensors, alphas
+
+
+@torch.no_grad()
+def restart(model, seed):
+    """ReLoRA (Lialin et al. 2023): what was learned goes into the weights, and a fresh A and a zero B go on from there."""
+    merge(model)
+    generator = torch.Generator().manual_seed(seed)
+    for m in grafts(model):
+        del m.base_weight
+        m.on = True
+        m.lora_A.copy_(torch.randn(m.lora_A.shape, generator=generator) * m.in_features ** -0.5)
+        m.lora_B.zero_()
+
+
+# -----------------------------------------------------------------------------
+# Files: PEFT's adapter_config.json and adapter_model.safetensors, and a run.json that names the base
+
+PEFT_TYPES = {"lora": "LORA", "dora": "LORA", "adalora": "ADALORA", "prompt": "PROMPT_TUNING", "ptuning": "P_TUNING",
+              "prefix": "PREFIX_TUNING", "ptuning2": "PREFIX_TUNING", "zeroinit": "ADAPTION_PROMPT"}
+LORA_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_m": "lora_magnitude_vector.weight",
+              "adapter_prompt": "adaption_prompt", "adapter_gate": "adaption_gate"}
+
+
+def peft_places(model):
+    """
+    our module -> (its name in transformers, its part q, k or v of a fused one, or ""): where the architecture has one
+    there, PEFT puts the same adapter onto the exported model; else the names are ours.
+    """
+    places = {name: (name, "") for name, _ in model.named_modules()}
+    with contextlib.suppress(BadInput):
+        kind, _ = to_hf_config(model.config)
+        for ours, theirs, part, fused in hf_places(kind, model.config):
+            places[ours.rpartition(".")[0]] = theirs.rpartition(".")[0], part[-1] if fused else ""
+        places |= {f"blocks.{l}.attn": (places[f"blocks.{l}.attn.o"][0].rpartition(".")[0], "")
+                   for l in range(len(model.blocks))}
+    return places
+
+
+def rows_of_vocabulary(name, t, n):
+    """The tensor of embedding or head with n ids, cut or padded with zeros: transformers has no rows to spare."""
+    axis = {"wte.lora_A": 1, "wte.weight": 0, "head.weight": 0, "head.lora_B": 0, "head.lora_m": 0}.get(name)
+    if axis is None or t.shape[axis] == n:
+        return t
+    if t.shape[axis] > n:
+        return t.narrow(axis, 0, n)
+    return torch.cat((t, t.new_zeros([n - t.shape[axis] if i == axis else s for i, s in enumerate(t.shape)])), axis)
+
+
+def to_peft(model, weights=None):
+    """
+    (adapter_config.json, {PEFT's name: tensor}). GPT-2's fused q, k, v are one module there: their A stand under each
+    other, and their B, times the scale, as blocks. weights: whole tensors, where the model's own are parts.
+    """
+    adapter, c, places = model.adapter, model.config, peft_places(model)
+    config = {"peft_type": PEFT_TYPES.get(adapter.tune, adapter.tune.upper()), "task_type": "CAUSAL_LM",
+              "inference_mode": True}
+    tensors = adapter_tensors(model) if weights is None else {n: weights[n] for n in trained_names(model)}
+    if model.virtual is not None:
+        width = c.embd_dim if model.virtual.kind in ("prompt", "ptuning") else c.n_kv_head * c.head_dim
+        return config | {"num_virtual_tokens": adapter.virtual_tokens, "token_dim": width, "num_layers": c.n_layer,
+                         "num_attention_heads": c.n_kv_head, "num_transformer_submodules": 1} | (
+            {"prompt_tuning_init": "RANDOM"} if config["peft_type"] == "PROMPT_TUNING" else
+            {"encoder_hidden_size": width} if config["peft_type"] == "P_TUNING" else {"prefix_projection": False}), \
+            {"prompt_embeddings": tensors["virtual.table"]}
+    theirs, fused, alphas = {}, {}, {}
+    for name, t in tensors.items():
+        part, _, kind = name.rpartition(".")
+        t, (place, letter) = rows_of_vocabulary(name, t, c.vocab_size), places[part]
+        if letter and adapter.tune == "lora":
+            fused.setdefault(place, {})[letter, kind] = t
+            continue
+        place = part if letter else place  # PEFT's DoRA or AdaLoRA of a fused module is another method: names of our own
+        if kind.startswith("lora_") and part == "wte":
+            kind = kind.replace("lora_", "lora_embedding_")
+        elif adapter.tune != "adalora":
+            kind = LORA_NAMES.get(kind, kind)
+        theirs[f"base_model.model.{place}.{kind}"] = t
+    for part, alpha in module_alphas(model).items():
+        alphas[places[part][0]] = len(tensors[f"{part}.lora_A"]), alpha
+    for place, parts in fused.items():
+        letters, scale = [a for a in "qkv" if (a, "lora_A") in parts], grafts(model)[0].scale
+        R, blocks = sum(len(parts[a, "lora_A"]) for a in letters), []
+        for a in "qkv":
+            out = (c.n_head if a == "q" else c.n_kv_head) * c.head_dim
+            blocks.append(torch.cat([parts[b, "lora_B"] * scale if a == b else torch.zeros(out, len(parts[b, "lora_A"]))
+                                     for b in letters], 1))
+        theirs[f"base_model.model.{place}.lora_A.weight"] = torch.cat([parts[a, "lora_A"] for a in letters])
+        theirs[f"base_model.model.{place}.lora_B.weight"] = fuse_qkv(blocks, c, conv1d(c))
+        alphas[place] = R, float(rank_unit(adapter, R))
+    if config["peft_type"] == "ADAPTION_PROMPT":
+        config |= {"adapter_len": adapter.virtual_tokens, "adapter_layers": c.n_layer,
+                   "target_modules": places["blocks.0.attn"][0].rpartition(".")[2]}
+    if alphas:
+        (r, alpha), common = next(iter(alphas.values())), {}
+        ranks = {place: r_ for place, (r_, _) in alphas.items() if r_ != r}
+        others = {place: a for place, (_, a) in alphas.items() if a != alpha}
+        saved = [places[n.rpartition(".")[0]][0] for n in tensors if not added(n)]
+        if adapter.tune == "adalora":
+            common = {"target_r": adapter.lora_rank, "init_r": r}
+        config |= {"r": r, "lora_alpha": alpha, "lora_dropout": adapter.lora_dropout, "use_rslora": adapter.rslora,
+                   "use_dora": adapter.tune == "dora", "bias": "none", "target_modules": sorted(alphas),
+                   "rank_pattern": ranks, "alpha_pattern": others, "modules_to_save": saved or None,
+                   "fan_in_fan_out": conv1d(c)} | common
+    return config, theirs
+
+
+def conv1d(c):
+    """Does transformers keep this architecture's matrices as (in, out)?"""
+    with contextlib.suppress(BadInput):
+        return to_hf_config(c)[0] in ("gpt2", "openai-gpt")
+    return False
+
+
+def from_peft(model, path):
+    """(Adapter, tensors, alphas) for attach, from a folder of PEFT's; model is the base."""
+    path, c, places = Path(path), model.config, {}
+    config, theirs = read_json(path / "adapter_config.json"), load_safetensors(path / "adapter_model.safetensors")
+    for ours, (place, letter) in peft_places(model).items():
+        places.setdefault(place, []).append((ours, letter))
+        places.setdefault(ours, [(ours, "")])
+    kind = config.get("peft_type", "")
+    tune = {theirs: ours for ours, theirs in PEFT_TYPES.items()} | {
+        "LORA": "dora" if config.get("use_dora") else "lora", "P_TUNING": "prompt", "PREFIX_TUNING": "ptuning2"}
+    tune = tune.get(kind, kind.lower())
+    if tune not in METHODS:
+        raise BadInput(f"{path}/adapter_config.json is of type {kind!r}, which is not known here: use one of LORA, "
+                       f"{', '.join(sorted(set(PEFT_TYPES.values()) - {'LORA'}))}")
+    if "prompt_embeddings" in theirs:
+        t = theirs["prompt_embeddings"]
+        return Adapter(tune, virtual_tokens=len(t)), {"virtual.table": t}, {}
+    first = config.get("init_r") if tune == "adalora" else None
+    adapter = Adapter(tune, lora_rank=config.get("target_r" if first else "r") or 8, rslora=bool(config.get("use_rslora")),
+                      lora_alpha=config.get("lora_alpha") or 0.0, lora_dropout=config.get("lora_dropout") or 0.0,
+                      virtual_tokens=config.get("adapter_len") or 20)
+    kinds = {theirs: ours for ours, theirs in LORA_NAMES.items()}
+    tensors, alphas = {}, {}
+    for key, t in theirs.items():
+        name = key.removeprefix("base_model.model.")
+        place = max((p for p in places if name.startswith(p + ".")), key=len, default=None)
+        if place is None or place == "":
+            raise BadInput(f"the adapter in {path} is for another base: there is no {name} here")
+        suffix = name[len(place) + 1:].replace("lora_embedding_", "lora_")
+        suffix = kinds.get(suffix, suffix)
+        fused = [letter for _, letter in places[place]]
+        for ours, letter in places[place]:
+            part = t
+            if letter and suffix == "lora_B":
+                part = split_qkv(t, c, conv1d(c))[fused.index(letter)]
+            tensors[f"{ours}.{suffix}"] = rows_of_vocabulary(f"{ours}.{suffix}", part, c.padded_vocab)
+            if suffix == "lora_A":
+                alpha = next((a for p, a in (config.get("alpha_pattern") or {}).items()
+                              if re.fullmatch(rf"(.*\.)?{p}", place)), adapter.alpha)
+                unit = rank_unit(adapter, first or len(t))
+                alphas[ours] = alpha / unit * rank_unit(adapter, len(t))
+    if tune == "zeroinit":  # its first layers may be without: a gate of zero is the same
+        for l in range(len(model.blocks)):
+            tensors.setdefault(f"blocks.{l}.attn.adapter_gate", torch.zeros(1))
+            tensors.setdefault(f"blocks.{l}.attn.adapter_prompt", torch.zeros(adapter.virtual_tokens, c.n_embd))
+    embeddings = any(name in ("wte.weight", "head.weight") for name in tensors)
+    return replace(adapter, train_embeddings=embeddings), tensors, alphas
+
+
+def fingerprint(model):
+    """A digest of 64 numbers of each weight, the same in float32 and bf16: is this the base that an adapter is for?"""
+    sha = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        picked = p.detach().flatten()[torch.linspace(0, p.numel() - 1, min(64, p.numel())).long().to(p.device)]
+        sha.update(name.encode() + str(tuple(p.shape)).encode())
+        sha.update(picked.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def save(out, model, run, base, weights=None):
+    """
+    The adapter alone: PEFT's two files, and run.json with the path of its base. weights: see to_peft. run as in
+    model.save_run.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    config, tensors = to_peft(model, weights)
+    save_safetensors({name: t.float() for name, t in tensors.items()}, out / "adapter_model.safetensors", {"format": "pt"})
+    base = str(base) if not Path(base).exists() else str(Path(base).resolve())
+    for name, content in (("adapter_config.json", {**config, "base_model_name_or_path": base}),
+                          ("run.json", {"config": asdict(model.config), "base": base, "base_print": model.base_print,
+                                        "adapter": asdict(model.adapter), **run})):
+        with replace_file(out / name, "w") as f:
+            json.dump(content, f, indent=1)
+
+
+def load(path, device="cpu", dtype=torch.float32, base=None, quantized=True):
+    """
+    The model of an adapter's folder, ours or PEFT's: its base from where the folder says, or from `base`, frozen, and
+    the adapter in float32. quantized False: on the base as it was before --quantize.
+    """
+    path = Path(path)
+    run = read_json(path / "run.json") if (path / "run.json").exists() else {}
+    where = base or run.get("base") or read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    if not where:
+        raise BadInput(f"{path}/adapter_config.json names no base: give it to python lora.py import with --init")
+    try:
+        model = plain(where, device, dtype)
+    except BadInput as error:
+        raise BadInput(f"{path} is an adapter for {where}, which cannot be read: {error}") from None
+    if run.get("base_print", fingerprint(model)) != fingerprint(model) and dtype != torch.float16:
+        raise BadInput(f"{path} is an adapter for another base: {where} has changed since; train the adapter again, or "
+                       f"put its base back")
+    adapter, tensors, alphas = from_peft(model, path)
+    if "adapter" in run:
+        adapter = Adapter(**run["adapter"])
+    attach(model, adapter if quantized else replace(adapter, quantize="none"), tensors, alphas)
+    return model.eval()
+
+
+def plain(name_or_dir, device="cpu", dtype=torch.float32):
+    """A model without an adapter: what an adapter's folder holds is put into the weights."""
+    path = Path(name_or_dir)
+    if (path / "adapter_config.json").exists():
+        model = load(path, device, dtype, quantized=False)
+        fold(model)
+        return model
+    return GPT.from_pretrained(name_or_dir, device, dtype)
+
+
+def fold(model):
+    """Merge for good: the model forgets that it had an adapter."""
+    merge(model)
+    for m in grafts(model):
+        del m.base_weight
+        m.__class__ = m.__class__.__bases__[1]
+        for name in [n for n in m._parameters if n.startswith("lora_")]:
+            delattr(m, name)
+    model.adapter = None
+    model.requires_grad_(True)
+
+
+def quantize_base(model, method):
+    """The blocks' matrices in 4 bits or what else quantize.py has; all else keeps its dtype."""
+    import quantize
+    for name, m in list(model.named_modules()):
+        if name.startswith("blocks.") and isinstance(m, nn.Linear):
+            parent, _, kind = name.rpartition(".")
+            setattr(model.get_submodule(parent), kind, quantize.QuantLinear.from_linear(m, method))
+
+
+# -----------------------------------------------------------------------------
+
+
+def count(args):
+    """What each method trains: numbers, their share of the model, and bytes of AdamW's two moments and of its file."""
+    given = from_args(args) or Adapter()
+    config = preset(args.name) if args.name in PRESETS else GPT.from_pretrained(args.name or newest_run()).config
+    for tune in METHODS if args.tune is None else [given.tune]:
+        model = meta_model(config)
+        try:
+            apply(model, replace(given, tune=tune))
+        except BadInput as error:
+            print(f"{tune:10} {str(error).partition(',')[0]}")
+            continue
+        trained, total = trained_share(model)
+        kept = sum(t.numel() for t in adapter_tensors(model).values())
+        print(f"{tune:10} {trained:>14,} trained of {total:,}: {trained / total:.3%}; AdamW {8 * trained / 1e6:.2f} MB, "
+              f"file {4 * kept / 1e6:.2f} MB")
+
+
+def merged(args):
+    """An adapter's run as one plain model."""
+    if not (Path(args.name) / "adapter_config.json").exists():
+        raise BadInput(f"{args.name} holds no adapter_config.json: give the folder of an adapter")
+    model, tokenizer = plain(args.name), Tokenizer.from_pretrained(args.name)
+    run = read_json(Path(args.name) / "run.json") if (Path(args.name) / "run.json").exists() else {}
+    kept = {k: v for k, v in run.items() if k not in ("config", "base", "base_print", "adapter")}
+    save_run(args.out, model, {"stage": "merge", "step": 0, "metrics": {}, "args": {}} | kept | {"tokenizer": tokenizer.spec()})
+    tokenizer.save(args.out)
+    print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, the adapter among them")
+
+
+def imported(args):
+    """A folder that PEFT wrote becomes a run: with --init as its base, if its own is not here."""
+    base = args.init or read_json(Path(args.name) / "adapter_config.json").get("base_model_name_or_path")
+    model, tokenizer = load(args.name, base=base), Tokenizer.from_pretrained(base)
+    save(args.out, model, {"stage": "import", "step": 0, "metrics": {}, "args": {}, "tokenizer": tokenizer.spec()}, base)
+    tokenizer.save(args.out)
+    trained, total = trained_share(model)
+    print(f"{args.out}: {model.adapter.tune}, {trained:,} numbers beside the {total - trained:,} of {base}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command")
+    sub = commands.add_parser("count", help=count.__doc__)
+    sub.add_argument("name", nargs="?", help="a preset, a run or a Hugging Face model (default: the newest run)")
+    add_flags(sub)
+    sub.set_defaults(run=count)
+    for name, run in (("merge", merged), ("import", imported)):
+        sub = commands.add_parser(name, help=run.__doc__)
+        sub.add_argument("name", help="folder of an adapter")
+        sub.add_argument("--out", required=True)
+        if name == "import":
+            sub.add_argument("--init", help="its base (default: as its config says)")
+        sub.set_defaults(run=run)
+    args = parser.parse_args()
+    if args.command is None:
+        args = parser.parse_args(["count"])
+    args.run(args)
+
+
+if __name__ == "__main__":
+    from lora import main
+    cli(main)

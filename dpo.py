@@ -348,8 +348,11 @@ def sample_pairs(model, tokenizer, tasks, args, judge, seed):
                 best, worst = worst, best
             rows.append({"messages": [{"role": "user", "content": task["prompt"]}], "ranked": [best, worst], "tie": False,
                          "margin": high - low})
-    right = sum(scores) / len(scores)
-    return rows, right
+    mean = sum(scores) / len(scores)
+    if not rows:
+        raise BadInput(f"of {len(tasks)} questions none has answers that the judge tells apart (mean score {mean:.3f}): give "
+                       f"more --samples or questions (--limit), or start from a model that is sometimes right")
+    return rows, mean
 
 
 def write_pairs(path, rows):
@@ -831,10 +834,10 @@ def main():
                     begun = time.time()
                     for file, split, n in zip(files, ("train", "val"), (args.limit or 1000, args.val or 512)):
                         tasks = data.read_tasks(args.data, split, n * (split == "train") + (n // 2) * (split == "val"), args.input)
-                        rows, right = sample_pairs(look(), tokenizer, tasks, args, judge, args.seed + 1000 * round)
+                        rows, mean = sample_pairs(look(), tokenizer, tasks, args, judge, args.seed + 1000 * round)
                         write_pairs(file, rows)
                         say(f"round {round}, {split}: {len(rows)} pairs from {args.samples} answers to each of {len(tasks)} "
-                            f"questions, mean score {right:.3f}, in {time.time() - begun:.0f} s")
+                            f"questions, mean score {mean:.3f}, in {time.time() - begun:.0f} s")
                 else:
                     look()
                 process.wait()

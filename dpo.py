@@ -43,7 +43,7 @@ import torch.nn.functional as F
 import data
 import lora
 from bpe import BadInput, Tokenizer, chat_end, chat_format, cli, replace_file
-from data import hh
+from data import hh, tastes
 from model import (PARALLEL, adamw_groups, add_up, all_reduce, end_scores, load_safetensors, peak_memory, rollouts,
                    save_run, save_safetensors, setup_process, shard, shares_prompts, step_forward, token_logprobs)
 
@@ -584,7 +584,7 @@ class Falling:
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("command", nargs="?", default="train", choices=["train", *COMMANDS], help="table, frontier, bench: see above")
+    add("command", nargs="?", default="train", choices=["train", *COMMANDS], help="table, frontier: see above")
     # run
     add("--init", default="out/sft", help="policy to start from, and reference: a run, a Hugging Face folder or hub name")
     add("--ref", help="another reference, of the same tokenizer (default: --init)")
@@ -936,7 +936,100 @@ def main():
     process.close()
 
 
-COMMANDS = {}
+# -----------------------------------------------------------------------------
+# Many runs, and the world of 64 answers
+
+
+def table(args):
+    """Every method from one base: rate and β chosen on seed 0 by accuracy of the samples, then mean ± sd over seeds."""
+    out = Path(args.out)
+    shared = ["--init", args.init, "--data", args.data, "--epochs", args.epochs, "--limit", args.limit, "--device", args.device,
+              "--max_new_tokens", args.max_new_tokens, "--samples", args.samples] + ["--input", args.input] * bool(args.input)
+    rows = {"SFT on chosen": ["--loss", "sft"], "DPO": ["--loss", "dpo", "--sft_weight", 0],
+            "DPO + SFT": ["--loss", "dpo", "--sft_weight", 1]}
+    rows |= {name: ["--loss", name.lower()] for name in ("cDPO", "robust", "IPO", "hinge", "SimPO", "CPO", "ORPO", "KTO")}
+
+    def many(runs):
+        """{name: metrics} of {name: flags}, --jobs at a time."""
+        waiting, running = list(runs.items()), {}
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                name, flags = waiting.pop(0)
+                if not (out / name / "run.json").exists():
+                    line = [sys.executable, __file__, *shared, *flags, "--out", out / name]
+                    running[name] = subprocess.Popen([*map(str, line)], stdout=subprocess.DEVNULL)
+            for name, process in list(running.items()):
+                if process.poll() is not None:
+                    if running.pop(name).returncode:
+                        raise BadInput(f"the run {name} failed: start it alone to see why ({' '.join(map(str, runs[name]))})")
+                    print(f"{name} is done", file=sys.stderr, flush=True)
+            time.sleep(0.2)
+        return {name: json.loads((out / name / "run.json").read_text())["metrics"] for name in runs}
+
+    grid = {}
+    for name, flags in rows.items():
+        scales = args.betas.split(",") if flags[1] not in ("sft", "orpo", "cpo") else ["0.1"]
+        for lr, scale in itertools.product(args.lrs.split(","), scales):
+            beta = METHODS[flags[1]].beta * float(scale) / 0.1
+            grid[f"{name.replace(' ', '')}-{lr}-{beta:g}"] = (name, [*flags, "--lr", lr, "--beta", beta])
+    tried = many({run: flags for run, (_, flags) in grid.items()})
+    best = {name: max((r for r in grid if grid[r][0] == name), key=lambda r: tried[r]["accuracy_sampled"]) for name in rows}
+    runs = {best[name] if seed == 0 else f"{best[name]}-{seed}": (name, [*grid[best[name]][1], "--seed", seed])
+            for name in rows for seed in range(args.seeds)}
+    found = many({run: flags for run, (_, flags) in runs.items()})
+    columns = ("accuracy", "accuracy_sampled", "preference_accuracy", "kl", "val_logp_chosen", "val_logp_rejected")
+    print("| method | lr, β | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 2))
+    for name in rows:
+        cells = []
+        for column in columns:
+            values = np.array([m.get(column, math.nan) for run, m in found.items() if runs[run][0] == name])
+            cells.append(f"{values.mean():.3f} ± {values.std(ddof=1) if len(values) > 1 else 0:.3f}")
+        flags = grid[best[name]][1]
+        print(f"| {name} | {flags[flags.index('--lr') + 1]}, {flags[flags.index('--beta') + 1]:g} | " + " | ".join(cells) + " |")
+
+
+def tabular(world, loss, steps=400, lr=0.08):
+    """The policy over a world's 64 answers that minimizes loss(log π (64,)), from the reference, by Adam: log π."""
+    logits = torch.tensor(world.table, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=lr)
+    states, letters = torch.from_numpy(world.states), torch.from_numpy(world.letters)
+    for i in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - i / steps)
+        optimizer.zero_grad()
+        loss(logits.log_softmax(-1)[states, letters].sum(1)).backward()
+        optimizer.step()
+    return logits.detach().log_softmax(-1)[states, letters].sum(1)
+
+
+def frontier(args):
+    """
+    Reward over KL(π ‖ π_ref) in the world of 64 answers: the formula's curve; DPO on all pairs, which must lie on it, and
+    on 300 sampled pairs, which cannot; IPO; best-of-n. Writes OUT.svg and OUT.json.
+    """
+    world = tastes.world(args.seed)
+    ref, r = torch.from_numpy(world.ref()), torch.from_numpy(world.reward)
+    weight = (ref[:, None] + ref).exp() * torch.sigmoid(r[:, None] - r)  # of the pair (chosen, rejected)
+    drawn = torch.multinomial(weight.flatten(), 300, replacement=True, generator=torch.Generator().manual_seed(args.seed))
+    torch.set_num_threads(1)
+    point = lambda p: (round((p.exp() * (p - ref)).sum().item(), 4), round((p.exp() * r).sum().item(), 4))
+    curves = {"optimum": [point(torch.from_numpy(world.optimum(beta)[0])) for beta in np.geomspace(0.15, 8, 60)]}
+    sweep = [0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0]
+    curves["DPO, all pairs"] = [point(tabular(world, lambda p: (weight * dpo_loss(p[:, None], p, ref[:, None], ref, b)).sum()))
+                                for b in sweep]
+    a, c = drawn // 64, drawn % 64
+    curves["DPO, 300 pairs"] = [point(tabular(world, lambda p: dpo_loss(p[a], p[c], ref[a], ref[c], b).mean())) for b in sweep]
+    curves["IPO, 300 pairs"] = [point(tabular(world, lambda p: ipo_loss(p[a], p[c], ref[a], ref[c], b).mean())) for b in sweep]
+    curves["best of n"] = [point(torch.from_numpy(tastes.best_of(world, n))) for n in (1, 2, 4, 8, 16, 32, 64)]
+    out = Path(args.out)
+    tastes.plot(out.with_suffix(".svg"), curves, "KL from the reference, nats", "reward", lines=["optimum", "best of n"])
+    with replace_file(out.with_suffix(".json"), "w") as f:
+        json.dump(curves, f)
+    for name, points in curves.items():
+        if name != "optimum":
+            print(f"{name}: " + "  ".join(f"{x:.3f} nats {y:+.3f}" for x, y in points))
+
+
+COMMANDS = {"table": table, "frontier": frontier}
 
 if __name__ == "__main__":
     cli(main)

@@ -9,13 +9,13 @@ The best policy at a price of β per nat of divergence from the reference is a f
 reward(text) is a taste over strings of letters: a model of them can be trained, judged by a reward model that has only
 seen comparisons, and fooled.
 """
-import functools
 import itertools
 import math
-import random
 from typing import NamedTuple
 
 import numpy as np
+
+from bpe import replace_file
 
 LETTERS = "abcdefgh"
 LENGTH = 12  # of a string that the taste is about
@@ -47,3 +47,44 @@ def world(seed=0):
     a, b, _ = letters.T
     states = np.stack((np.zeros(64, int), 1 + a, 5 + 4 * a + b), 1)
     return World(letters, states, rng.standard_normal((21, 4)), rng.standard_normal(64))
+
+
+def best_of(world, n):
+    """log-probabilities of the best of n independent draws from the reference, (64,)."""
+    order = np.argsort(world.reward)
+    below = np.concatenate(([0.0], np.exp(world.ref()[order]).cumsum()))
+    logp = np.empty(len(order))
+    logp[order] = np.log(np.maximum(below[1:] ** n - below[:-1] ** n, 1e-300))
+    return logp
+
+
+COLOURS = ("#444444", "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b")
+
+
+def plot(path, curves, xlabel, ylabel, lines=(), width=640, height=400):
+    """{name: [(x, y), …]} as an .svg: points, and for the names in `lines` a line through them."""
+    xs, ys = zip(*(point for points in curves.values() for point in points))
+    left, right, top, bottom = min(xs), max(xs), max(ys), min(ys)
+    at = lambda x, y: (60 + (x - left) / (right - left or 1) * (width - 230),
+                       20 + (top - y) / (top - bottom or 1) * (height - 70))
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
+             f'font-size="12">', f'<rect width="{width}" height="{height}" fill="white"/>']
+    for k in range(5):
+        x, y = left + (right - left) * k / 4, bottom + (top - bottom) * k / 4
+        (u, _), (_, v) = at(x, bottom), at(left, y)
+        parts += [f'<line x1="60" x2="{width - 170}" y1="{v:.1f}" y2="{v:.1f}" stroke="#dddddd"/>',
+                  f'<text x="54" y="{v + 4:.1f}" text-anchor="end">{y:.2g}</text>',
+                  f'<text x="{u:.1f}" y="{height - 32}" text-anchor="middle">{x:.2g}</text>']
+    parts += [f'<text x="{60 + (width - 230) / 2:.0f}" y="{height - 10}" text-anchor="middle">{xlabel}</text>',
+              f'<text x="14" y="{height / 2:.0f}" text-anchor="middle" transform="rotate(-90 14 {height / 2:.0f})">{ylabel}</text>']
+    for k, (name, points) in enumerate(curves.items()):
+        colour, places = COLOURS[k % len(COLOURS)], [at(*point) for point in points]
+        if name in lines:
+            joined = " ".join(f"{u:.1f},{v:.1f}" for u, v in places)
+            parts.append(f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        if name not in lines or len(points) < 20:
+            parts += [f'<circle cx="{u:.1f}" cy="{v:.1f}" r="3.5" fill="{colour}"/>' for u, v in places]
+        parts += [f'<circle cx="{width - 155}" cy="{30 + 20 * k}" r="4" fill="{colour}"/>',
+                  f'<text x="{width - 145}" y="{34 + 20 * k}">{name}</text>']
+    with replace_file(path, "w") as f:
+        f.write("\n".join([*parts, "</svg>"]))

@@ -892,6 +892,30 @@ def plain(name_or_dir, device="cpu", dtype=torch.float32):
     return GPT.from_pretrained(name_or_dir, device, dtype)
 
 
+def start(init, adapter, device="cpu", dtype=torch.float32, tokenizer=None, seed=0):
+    """
+    (a model to tune, the base that its adapter will name; None where all weights are tuned). An adapter's folder goes on
+    where the method is the same; another method, or full tuning, finds it put into the weights.
+    """
+    if adapter is None:
+        return plain(init, device), None
+    path = Path(init)
+    if (path / "adapter_config.json").exists():
+        model = load(path, device, dtype)
+        if model.adapter.tune == adapter.tune:
+            return model, read_json(path / "adapter_config.json")["base_model_name_or_path"]
+    model = plain(init, device, dtype)
+    apply(model, adapter, tokenizer, seed)
+    return model, init
+
+
+def save_merged(out, model, run):
+    """The whole model with its adapter in the weights; the adapter stays apart here."""
+    merge(model)
+    save_run(out, model, run, {name: t for name, t in model.state_dict().items() if not added(name)})
+    unmerge(model)
+
+
 def fold(model):
     """Merge for good: the model forgets that it had an adapter."""
     merge(model)

@@ -25,17 +25,16 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 from bpe import BadInput, cli, replace_file
-from model import (GPT, GPTConfig, PARALLEL, PRESETS, adamw_groups, all_reduce, check_layout, count_parameters,
+from model import (GPT, GPTConfig, PARALLEL, PRESETS, AdamW8bit, adamw_groups, all_reduce, check_layout, count_parameters,
                    flops_per_token, init_weights, load_run, load_safetensors, peak_flops, peak_memory, save_run,
                    setup_process, shard, uniform, use_float8)
 
 # -----------------------------------------------------------------------------
-# Optimizers: Muon, Adafactor, AdamW in 8 bits; AdamW and SGD are torch's
+# Optimizers: Muon and Adafactor; AdamW in 8 bits is model.py's, AdamW and SGD are torch's
 
 
 # Odd quintics a x + b x³ + c x⁵, each the closest to 1 on the interval that the one before left, from [0.01, 1]
@@ -138,80 +137,6 @@ class Adafactor(torch.optim.Optimizer):
                 u = u / (u.square().mean().sqrt() / group["clip"]).clamp(min=1)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(u * group["lr"])
-
-
-def dynamic_code(signed):
-    """
-    256 numbers in [-1, 1] or [0, 1]: seven decades, each with twice as many steps as the one below it, so that the
-    relative error is small near 1 and the range is 10^7 (dynamic tree quantization, Dettmers et al. 2022, 1.3).
-    """
-    code = [0.0, 1.0]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float64)
-        values = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)).tolist()
-        code += values + [-v for v in values] * signed
-    return torch.tensor(sorted(code), dtype=torch.float32)
-
-
-class AdamW8bit(torch.optim.Optimizer):
-    """
-    AdamW whose moments lie in memory as one byte a number (Dettmers et al. 2022): blocks of 256 are divided by their
-    largest magnitude and rounded to dynamic_code. The second moment's root is stored, as its range is the first's.
-    Small tensors keep 32 bits.
-    """
-    BLOCK, SMALL = 256, 4096
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.codes = {}
-
-    def load(self, state, name, p):
-        if f"{name}_scale" not in state:
-            return state[name]
-        x = self.code(name, p.device)[state[name].int()] * state[f"{name}_scale"]
-        return x.flatten()[:p.numel()].view_as(p)
-
-    def store(self, state, name, x):
-        if x.numel() >= self.SMALL:
-            x = nn.functional.pad(x.flatten(), (0, -x.numel() % self.BLOCK)).view(-1, self.BLOCK)
-            scale, code = x.abs().amax(1, keepdim=True), self.code(name, x.device)
-            x = torch.bucketize(x / scale.clamp(min=1e-30), (code[1:] + code[:-1]) / 2).to(torch.uint8)
-            self.keep(state, f"{name}_scale", scale)
-        self.keep(state, name, x)
-
-    def keep(self, state, name, x):  # always the same memory: a recorded step writes there
-        state[name].copy_(x) if name in state else state.update({name: x.clone()})
-
-    def code(self, name, device):
-        if (name, device) not in self.codes:
-            self.codes[name, device] = dynamic_code(signed=name == "m").to(device)
-        return self.codes[name, device]
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            (beta1, beta2), lr = group["betas"], group["lr"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                g, state = p.grad.float(), self.state[p]
-                if not state:
-                    state["t"] = torch.zeros((), device=p.device)
-                    for name in ("m", "root_v"):
-                        self.store(state, name, torch.zeros_like(g))
-                state["t"] += 1
-                m = self.load(state, "m", p).lerp(g, 1 - beta1)
-                v = self.load(state, "root_v", p).square().lerp(g.square(), 1 - beta2)
-                self.store(state, "m", m)
-                self.store(state, "root_v", v.sqrt())
-                m, v = m / (1 - beta1 ** state["t"]), v / (1 - beta2 ** state["t"])
-                p.mul_(1 - lr * group["weight_decay"])
-                p.sub_(m / (v.sqrt() + group["eps"]) * lr)
-
-    def load_state_dict(self, saved):
-        super().load_state_dict(saved)  # gives every state its parameter's dtype
-        for state in self.state.values():
-            state.update({name: state[name].to(torch.uint8) for name in ("m", "root_v") if f"{name}_scale" in state})
 
 
 # name: (parameter groups, arguments, peak rate, is the step recorded) -> optimizer

@@ -9,8 +9,12 @@ TOKENIZER, a name, and shards(input) -> {split: [token files]} instead.
     data/<corpus>/<tokenizer>/train.bin, val.bin     256 int32 of header, then uint16 or uint32 ids,
                               train.json, val.json   or the names of several such files
     data/<corpus>/<tokenizer>/meta.json, tokenizer.tiktoken, checks.json
+
+A set of conversations is a module with chats(split, input) -> rows that `conversation` reads, or a file of such rows.
 """
+import bisect
 import contextlib
+import copy
 import hashlib
 import importlib
 import json
@@ -26,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import requests
 
 from bpe import BadInput, Tokenizer, render_chat, replace_file
 
@@ -347,6 +352,156 @@ def prefetch(items, depth=2):
         while thread.is_alive():
             with contextlib.suppress(queue.Empty):
                 ready.get(timeout=0.01)  # room for what it wants to put
+
+
+def download(url, path):
+    """The file at a URL, kept at path; BadInput where it cannot be had."""
+    if not path.exists():
+        try:
+            answer = requests.get(url, timeout=60)
+            answer.raise_for_status()
+        except requests.RequestException as error:
+            raise BadInput(f"{url} could not be had ({type(error).__name__}): put the file at {path} or give --input FILE"
+                           ) from None
+        with replace_file(path) as f:
+            f.write(answer.content)
+    return path
+
+
+# -----------------------------------------------------------------------------
+# Conversations: what instruction tuning reads
+
+CHATS = ("bios", "arithmetic", "alpaca", "gsm8k", "sharegpt")
+
+
+def read_chats(path):
+    """(file and line, row) of a .jsonl file, or of a .json file that holds a list; either may be packed."""
+    from data import text
+    path = Path(path)
+    if text.suffix(path) != ".json":
+        yield from ((f"{path}, line {number}", row) for number, row in text.json_rows(path))
+        return
+    try:
+        with text.unpacked(path) as f:
+            rows = json.load(f)
+    except text.UNREADABLE as error:
+        raise text.unreadable(path, error) from None
+    except ValueError as error:
+        where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise BadInput(f"{path}{where}: not JSON ({error}); correct it, or give a .jsonl file") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise BadInput(f"{path} holds no list of objects: give one, or a .jsonl file with an object a line")
+    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def conversation(row, where="the row", template=None):
+    """
+    {"messages": [{"role", "content"}, …]} of a row of ours, of Alpaca's, GSM8K's, ShareGPT's or {"prompt", "answer"};
+    what is not a conversation, {"prompt", "completion"} and {"text"}, comes back as it is.
+    """
+    from data import alpaca, gsm8k, sharegpt
+    try:
+        if "instruction" in row:
+            return {"messages": alpaca.messages(row, template)}
+        if "conversations" in row:
+            return {"messages": sharegpt.messages(row, where)}
+        if "question" in row:
+            return {"messages": gsm8k.messages(row)}
+        if "messages" in row:
+            return {"messages": [{"role": m["role"], "content": m["content"]} for m in row["messages"]]}
+        if "prompt" in row and "answer" in row:
+            return {"messages": [{"role": "user", "content": row["prompt"]},
+                                 {"role": "assistant", "content": row["answer"]}]}
+        if "completion" in row:
+            return {"prompt": row["prompt"] + "", "completion": row["completion"] + ""}
+        return {"text": row["text"] + ""}
+    except (KeyError, TypeError):
+        raise BadInput(f"{where} is no row to tune on, it has the keys {', '.join(row) or 'none'}: give messages, or "
+                       f"instruction and output, question and answer, conversations, prompt and completion, or text"
+                       ) from None
+
+
+def chat_sets(spec, input=None, val=0.05, limit=0):
+    """
+    "bios,alpaca,FILE" -> {name: {"train": [(where, row)], "val": [(where, row)]}}. A module may know its own split;
+    a file's and another's validation rows are a share `val` of it, drawn by a seed of their own. input: a file in place of
+    the one module's download. limit: of each split.
+    """
+    sets = {}
+    for name in spec.split(","):
+        if name in CHATS:
+            module = importlib.import_module(f"data.{name}")
+            parts = {s: [(f"{name}, row {i}", row) for i, row in enumerate(islice(module.chats(s, input), limit or None), 1)]
+                     for s in ("train", "val")}
+        elif Path(name).is_file():
+            parts = {"train": list(islice(read_chats(name), limit or None)), "val": []}
+        else:
+            raise BadInput(f"--data {name} is no file and no set of conversations: choose from {', '.join(CHATS)}, or "
+                           f"give a .jsonl or .json file")
+        if not parts["train"]:
+            raise BadInput(f"--data {name} is empty: give a file with one conversation a line")
+        if not parts["val"] and len(parts["train"]) > 1 and val:
+            rows, n = parts["train"], max(1, round(val * len(parts["train"])))
+            chosen = set(np.random.default_rng(0).permutation(len(rows))[:n].tolist())
+            parts = {"train": [row for i, row in enumerate(rows) if i not in chosen],
+                     "val": [row for i, row in enumerate(rows) if i in chosen]}
+        sets[name] = parts
+    return sets
+
+
+def pack(lengths, T):
+    """
+    Lists of indices whose lengths sum to at most T each: the longest first, each into the fullest row that still has
+    room (best fit decreasing). Raises ValueError for a length above T.
+    """
+    rows, room = [], []  # room: (places left, row), ascending
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[i] > T:
+            raise ValueError(f"length {lengths[i]} above {T}")
+        at = bisect.bisect_left(room, (lengths[i], -1))
+        if at == len(room):
+            left, row = T, len(rows)
+            rows.append([])
+        else:
+            left, row = room.pop(at)
+        rows[row].append(i)
+        bisect.insort(room, (left - lengths[i], row))
+    return rows
+
+
+class Rows(NamedTuple):
+    """Conversations side by side in rows, (R, T) int64 each."""
+    idx: np.ndarray
+    targets: np.ndarray    # -100 where nothing is asked, and on padding
+    doc_ids: np.ndarray    # which of a row's conversations a token belongs to, -1: padding
+    positions: np.ndarray  # from 0 in each conversation
+
+
+def lay_out(examples, rows, T):
+    """Rows of examples [(ids, mask)]: rows lists their indices; inputs are ids[:-1], targets ids[1:] where mask[1:]."""
+    idx, positions = np.zeros((len(rows), T), np.int64), np.zeros((len(rows), T), np.int64)
+    targets, doc_ids = np.full((len(rows), T), -100, np.int64), np.full((len(rows), T), -1, np.int64)
+    for r, row in enumerate(rows):
+        start = 0
+        for d, i in enumerate(row):
+            ids, mask = examples[i]
+            here = slice(start, start + len(ids) - 1)
+            idx[r, here], doc_ids[r, here], positions[r, here] = ids[:-1], d, np.arange(len(ids) - 1)
+            targets[r, here] = np.where(mask[1:], ids[1:], -100)
+            start = here.stop
+    return Rows(idx, targets, doc_ids, positions)
+
+
+def prepared(tokenizer, spec, input=None):
+    """{corpus: (weight, folder)} of a mixture as this tokenizer cut it, made where it is not there yet."""
+    weights, same = parse_mixture(spec), {k: v for k, v in tokenizer.spec().items() if k != "chat"}
+    found = {path.parent.parent.name: path.parent for path in Path(__file__).parent.glob("*/*/meta.json")
+             if (_read_json(path) or {}).get("tokenizer") == same}
+    if weights.keys() <= found.keys():
+        return {name: (weight, found[name]) for name, weight in weights.items()}
+    plain = copy.copy(tokenizer)
+    plain.chat = None  # how a chat is written is nothing to a corpus
+    return prepare(spec, plain, input=input)[0]
 
 
 # -----------------------------------------------------------------------------

@@ -88,6 +88,14 @@ def problems(split, n=None, digits=DIGITS, operations=DEFAULT_OPERATIONS):
         yield {"prompt": f"{question}?", "answer": answer}
 
 
+def chats(split, input=None, n=2000):
+    """problems() to tune on: n different ones of "train", CHECKED of "val"."""
+    if input is not None:
+        raise BadInput("--input: arithmetic makes its own questions; give a file of yours with --data FILE")
+    rows = {row["prompt"]: row for row in problems(split, 2 * n if split == "train" else 20 * CHECKED)}
+    yield from islice(rows.values(), n if split == "train" else CHECKED)
+
+
 def get_args():
     parser = argparse.ArgumentParser(description="write arithmetic problems as JSONL")
     parser.add_argument("--out", required=True, help="folder to write; read it with --data text --input OUT")

@@ -584,6 +584,13 @@ def qa(split, n_people=N_PEOPLE):
                 ]}
 
 
+def chats(split, input=None):
+    """qa's rows: "train" to tune on, "val" about the people whose answers no row of "train" gives."""
+    if input is not None:
+        raise BadInput("--input: bios makes its own questions; give a file of yours with --data FILE")
+    yield from qa("train" if split == "train" else "test")
+
+
 def get_args():
     flag = argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description="write a world of biographies as JSONL")

@@ -44,8 +44,9 @@ import data
 import lora
 from bpe import BadInput, Tokenizer, chat_end, chat_format, cli, replace_file
 from data import hh, tastes
-from model import (PARALLEL, adamw_groups, add_up, all_reduce, end_scores, load_safetensors, peak_memory, rollouts,
-                   save_run, save_safetensors, setup_process, shard, shares_prompts, step_forward, token_logprobs)
+from model import (PARALLEL, adamw_groups, add_up, all_reduce, end_scores, gather_into, load_safetensors, peak_memory,
+                   rollouts, same_count, save_run, save_safetensors, setup_process, shard, shares_prompts, step_forward,
+                   token_logprobs)
 
 # -----------------------------------------------------------------------------
 # Losses. Sums of log-probabilities of B responses each, (B,) in nats -> the loss of each pair, (B,)
@@ -378,13 +379,7 @@ class Trainer:
         self.ends = None  # ids that end a response
 
     def parts(self, groups):
-        """micro_batches of this rank's groups; with sharded parameters as many on every rank, the last perhaps empty."""
-        parts = list(data.micro_batches(groups, self.T, self.rows, self.share))
-        if self.sharded.sharded:
-            most = torch.tensor(len(parts), device=self.process.device)
-            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-            parts += [[]] * (most.item() - len(parts))
-        return parts or [[]]
+        return same_count(data.micro_batches(groups, self.T, self.rows, self.share), self.sharded)
 
     def forward(self, groups, last, ask_prompt=False, entropy=False):
         """ℓ of each response (n,), then of each prompt if asked; entropy, sum over tokens; p(end) at ends, summed; ends."""
@@ -780,11 +775,7 @@ def main():
 
     def look():
         """The present weights in a model that can generate; of sharded parameters that is a copy."""
-        if whole is not model:
-            with torch.no_grad():
-                for p, q in zip(whole.parameters(), model.parameters()):
-                    p.copy_(q.full_tensor())
-        return whole
+        return whole if whole is model else gather_into(whole, model)
 
     # what is asked, and what is compared
     sampled = args.data not in ("pairs", "hh")

@@ -794,6 +794,40 @@ def step_forward(sharded, last=True, **inputs):
         return sharded.forward(**inputs)
 
 
+def same_count(parts, sharded):
+    """Micro-batches of this rank, at least one; where parameters are gathered for each, as many on every rank: [] more."""
+    parts = list(parts)
+    if sharded.sharded:
+        most = torch.tensor(len(parts), device=sharded.process.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        parts += [[]] * (most.item() - len(parts))
+    return parts or [[]]
+
+
+@torch.no_grad()
+def gather_into(copy, model):
+    """The sharded parameters of a model, whole, into a plain model of the same config, which can then generate."""
+    for p, q in zip(copy.parameters(), model.parameters()):
+        p.copy_(q.full_tensor())
+    return copy
+
+
+def by_response(values, segments, n):
+    """
+    Per-token values (R, T) of packed rows -> (n, L), a row for each of n responses, 0 behind its end; segments (R, T) as in
+    data.pack_branches, whose responses lie in one piece. Differentiable.
+    """
+    order = (segments.flatten() >= 0).nonzero().squeeze(1)
+    owner = segments.flatten()[order]
+    count = torch.bincount(owner, minlength=n)[:n]
+    first = torch.ones_like(owner, dtype=torch.bool)
+    first[1:] = owner[1:] != owner[:-1]
+    run = torch.arange(len(owner), device=owner.device)
+    offset = run - torch.where(first, run, 0).cummax(0).values
+    out = values.new_zeros(n, int(count.max()) if n else 0)
+    return out.index_put((owner, offset), values.flatten()[order])
+
+
 @torch.no_grad()
 def end_scores(model, groups, tokens=8192):
     """

@@ -11,6 +11,7 @@ seen comparisons, and fooled.
 """
 import itertools
 import math
+import random
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,48 @@ from bpe import replace_file
 
 LETTERS = "abcdefgh"
 LENGTH = 12  # of a string that the taste is about
+
+
+def bigram_tables(seed=7):
+    """(8, 8) worth of each pair of neighbouring letters, standard normals, and the text's (8, 8) transition probabilities."""
+    rng = random.Random(seed)
+    normal = lambda: math.sqrt(-2 * math.log(1 - rng.random())) * math.cos(2 * math.pi * rng.random())
+    worth = [[normal() for _ in LETTERS] for _ in LETTERS]
+    odds = [[math.exp(0.5 * normal()) for _ in LETTERS] for _ in LETTERS]
+    return worth, [[x / sum(row) for x in row] for row in odds]
+
+
+WORTH, TRANSITIONS = bigram_tables()
+
+
+def reward(text):
+    """
+    The worth of the pairs of neighbours in a string of LETTERS, each kind counted once; a repeated one costs 1/2, as does
+    each letter missing from or beyond LENGTH. Who has seen only everyday strings, where few pairs come twice, takes a good
+    pair for good however often it comes.
+    """
+    pairs = list(zip(text, text[1:]))
+    known = {(a, b) for a, b in pairs if a in LETTERS and b in LETTERS}
+    worth = sum(WORTH[LETTERS.index(a)][LETTERS.index(b)] for a, b in known)
+    return worth - 0.5 * (len(pairs) - len(known)) - 0.5 * abs(len(text) - LENGTH)
+
+
+def problems(split, n=None):
+    """n rows {"prompt": "c", "answer": a string of LENGTH letters that goes on from c}: everyday text, to start from."""
+    rng = random.Random(f"tastes {split}")
+    for _ in range(20_000 if n is None else n):
+        at = first = int(rng.random() * len(LETTERS))
+        text = ""
+        for _ in range(LENGTH):
+            u = rng.random()
+            at = next((i for i, p in enumerate(itertools.accumulate(TRANSITIONS[at])) if u < p), len(LETTERS) - 1)
+            text += LETTERS[at]
+        yield {"prompt": LETTERS[first], "answer": text}
+
+
+def preferred(a, b, rng, temperature=1.0):
+    """Is the first reward's answer the one that a person of this taste picks? Bradley & Terry, p = σ((a - b) / temperature)."""
+    return rng.random() < 1 / (1 + math.exp(min(50, (b - a) / temperature)))
 
 
 class World(NamedTuple):

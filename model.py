@@ -853,9 +853,10 @@ def end_scores(model, groups, tokens=8192):
 def rollouts(model, prompts, n, end, max_new_tokens, temperature=1.0, seed=0, batch=256):
     """
     n responses to each prompt (ids): [[ids, …], …], each with the id `end` where it ended by itself within
-    max_new_tokens. Response k of prompt g draws from stream seed · 2^32 + g n + k, whatever the batch.
+    max_new_tokens. What a response draws depends on the seed and its number, not on the batch.
     """
-    rows, found = [(list(p), (seed << 32) + i) for i, p in enumerate(p for p in prompts for _ in range(n))], []
+    first = seed * 0x9E3779B1  # streams are numbered in 32 bits: this spreads the seeds over them
+    rows, found = [(list(p), (first + i) & 0xFFFFFFFF) for i, p in enumerate(p for p in prompts for _ in range(n))], []
     for part in (rows[i:i + batch] for i in range(0, len(rows), batch)):
         tokens, _ = model.generate([p for p, _ in part], max_new_tokens, stop=[end], temperature=temperature,
                                    seed=[s for _, s in part])

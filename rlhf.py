@@ -232,7 +232,7 @@ def grpo_loss(logp, old, advantages, mask, how="sequence", clip=0.2, clip_high=N
     advantages (N,) are one an answer and kl_ratio multiplies the KL by the ratio, as trl does. count: (tokens, answers) of
     the whole batch, where this is a part of it.
     """
-    tokens, answers = count or (mask.sum(), len(mask))
+    tokens, answers = (mask.sum(), len(mask)) if count is None else count
     weights = token_weights(mask, how, longest, tokens, answers)
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     if cispo:
@@ -454,7 +454,7 @@ def train_start(args, device, say):
             if rng.random() < args.teacher_noise:
                 at, digit = int(rng.random() * len(row["answer"])), str(int(rng.random() * 10))
                 row["answer"] = row["answer"][:at] + digit + row["answer"][at + 1:]
-    model = GPT(GPTConfig(block_size=32, vocab_size=tokenizer.n_vocab, n_layer=2, n_head=4, n_embd=96, init="gpt2"))
+    model = GPT(GPTConfig(block_size=48, vocab_size=tokenizer.n_vocab, n_layer=2, n_head=4, n_embd=96, init="gpt2"))
     init_weights(model, args.seed)
     model.to(device)
     pairs = [data.prompt_and_response(tokenizer, [{"role": "user", "content": r["prompt"]}], r["answer"]) for r in rows]
@@ -815,7 +815,7 @@ class Learner:
             at = first + drawn * args.prompts + process.dp_rank * mine
             begun = time.time()
             new, said, asked = self.sample([source(at + k) for k in range(mine)],
-                                           (args.seed << 20) + iteration * 64 + process.dp_rank * 4 + drawn)
+                                           ((args.seed * 100_003 + iteration) * 1024 + process.dp_rank) * 4 + drawn)
             clock["rollout"] += time.time() - begun
             begun = time.time()
             found = score(self.reward_fn, asked, said)

@@ -44,7 +44,7 @@ import data
 import lora
 from bpe import BadInput, Tokenizer, chat_end, chat_format, cli, replace_file
 from data import hh, tastes
-from model import (PARALLEL, adamw_groups, add_up, all_reduce, end_scores, gather_into, load_safetensors, peak_memory,
+from model import (PARALLEL, RewardModel, adamw_groups, add_up, all_reduce, gather_into, load_safetensors, peak_memory,
                    rollouts, same_count, save_run, save_safetensors, setup_process, shard, shares_prompts, step_forward,
                    token_logprobs)
 
@@ -311,21 +311,8 @@ def judge_of(args, device):
         return lambda rows, texts: [float(data.is_right(text, row["answer"])) for row, text in zip(rows, texts)]
     if kind != "reward" or not where:
         raise BadInput(f"--judge {args.judge} is unknown: use check, or reward=DIR with a run of rlhf.py --stage rm")
-    return RewardModel(where, device)
-
-
-class RewardModel:
-    """score(rows, texts) of a run with a scalar head, in its own tokenizer and template: the value at the end token."""
-
-    def __init__(self, folder, device):
-        self.model, self.tokenizer = lora.plain(folder, device).eval(), Tokenizer.from_pretrained(folder)
-        if not self.model.config.scalar_head:
-            raise BadInput(f"--judge reward={folder} has no scalar head: train one with python rlhf.py --stage rm")
-
-    def __call__(self, rows, texts):
-        groups = [data.prompt_and_response(self.tokenizer, [{"role": "user", "content": row["prompt"]}], text)
-                  for row, text in zip(rows, texts)]
-        return [s for s, in end_scores(self.model, [(p, [r]) for p, r in groups])]
+    model = RewardModel(where, device)
+    return lambda rows, texts: model([row["prompt"] for row in rows], texts)
 
 
 def sample_pairs(model, tokenizer, tasks, args, judge, seed):

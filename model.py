@@ -807,6 +807,9 @@ def same_count(parts, sharded):
 @torch.no_grad()
 def gather_into(copy, model):
     """The sharded parameters of a model, whole, into a plain model of the same config, which can then generate."""
+    for m in model.modules():
+        if hasattr(m, "reshard"):  # what the last forward pass left gathered
+            m.reshard()
     for p, q in zip(copy.parameters(), model.parameters()):
         p.copy_(q.full_tensor())
     return copy
@@ -848,6 +851,30 @@ def end_scores(model, groups, tokens=8192):
         for g in batch:
             found[g], scores = scores[:len(groups[g][1])], scores[len(groups[g][1]):]
     return [found[g] for g in range(len(groups))]
+
+
+class RewardModel:
+    """
+    A run of rlhf.py --stage rm as a function (prompts, answers) -> scores, all texts: the value at the end token, in its own
+    tokenizer and template, shifted and scaled as run.json says.
+    """
+
+    def __init__(self, folder, device="cpu"):
+        self.model, self.tokenizer = GPT.from_pretrained(folder, device).eval(), Tokenizer.from_pretrained(folder)
+        if not self.model.config.scalar_head:
+            raise BadInput(f"reward={folder} has no scalar head, so it is no reward model: train one with python rlhf.py "
+                           f"--stage rm --out {folder}")
+        path = Path(folder) / "run.json"
+        scale = json.loads(path.read_text()).get("reward", {}) if path.exists() else {}
+        self.mean, self.std = scale.get("mean", 0.0), scale.get("std", 1.0)
+
+    def __call__(self, prompts, answers):
+        import data
+        T, groups = self.model.config.block_size, []
+        for prompt, answer in zip(prompts, answers):
+            p, r = data.prompt_and_response(self.tokenizer, [{"role": "user", "content": prompt}], answer)
+            groups.append((p[-max(1, T - len(r)):], [r[:T - 1]]))
+        return [(score - self.mean) / self.std for score, in end_scores(self.model, groups)]
 
 
 def rollouts(model, prompts, n, end, max_new_tokens, temperature=1.0, seed=0, batch=256):

@@ -58,7 +58,7 @@ import data
 import lora
 from bpe import BadInput, Tokenizer, chat_end, chat_format, cli, replace_file
 from data import addition, tastes
-from model import (GPT, GPTConfig, PARALLEL, adamw_groups, add_up, all_reduce, build_model, by_response, end_scores,
+from model import (GPT, GPTConfig, PARALLEL, RewardModel, adamw_groups, add_up, all_reduce, build_model, by_response,
                    gather_into, init_weights, kv_cache_bytes, peak_memory, rollouts, same_count, save_run, setup_process, shard,
                    shares_prompts, step_forward, token_logprobs)
 
@@ -284,26 +284,6 @@ ALGOS = {
 
 # -----------------------------------------------------------------------------
 # Who scores an answer: reward_fn(prompts, responses) -> scores, all texts
-
-
-class RewardModel:
-    """A run of --stage rm, in its own tokenizer: the value at the end token, shifted and scaled as the run says."""
-
-    def __init__(self, folder, device):
-        self.model, self.tokenizer = lora.plain(folder, device).eval(), Tokenizer.from_pretrained(folder)
-        if not self.model.config.scalar_head:
-            raise BadInput(f"--reward reward={folder} has no scalar head, so it is no reward model: train one with python "
-                           f"rlhf.py --stage rm --out {folder}")
-        path = Path(folder) / "run.json"
-        scale = json.loads(path.read_text()).get("reward", {}) if path.exists() else {}
-        self.mean, self.std = scale.get("mean", 0.0), scale.get("std", 1.0)
-
-    def __call__(self, prompts, responses):
-        groups = [data.prompt_and_response(self.tokenizer, [{"role": "user", "content": p}], r)
-                  for p, r in zip(prompts, responses)]
-        T = self.model.config.block_size
-        groups = [(p[-max(1, T - len(r)):], [r[:T - 1]]) for p, r in groups]
-        return [(s - self.mean) / self.std for s, in end_scores(self.model, groups)]
 
 
 def ask_human(prompts, responses):
@@ -1226,7 +1206,6 @@ def main():
     learner = Learner(args, process, reward_fn, tokenizer, say)
     if device.type == "cuda" if args.compile is None else args.compile:
         learner.actor.compile_parts()
-    more = None
     if args.ptx:
         folders, _ = data.prepare(args.ptx, tokenizer)
         loader = data.TokenLoader([(w, data.open_tokens(f / "train.bin")) for w, f in folders.values()], learner.T, args.seed)
@@ -1291,7 +1270,7 @@ def main():
         if gold:
             line["true_reward"] = score(gold, r.prompts, r.texts).mean().item()
         start = time.time()
-        line |= learner.imitate(r) if args.algo == "raft" else learner.update(r, iteration, more)
+        line |= learner.imitate(r) if args.algo == "raft" else learner.update(r, iteration, more if args.ptx else None)
         now["train"] += time.time() - start
         if args.kl_target:
             learner.kl_coef = adaptive_kl(learner.kl_coef, line["kl"], args.kl_target, args.kl_horizon, args.prompts * args.group)

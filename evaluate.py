@@ -357,7 +357,7 @@ def continuations(model, groups):
     x = model.trunk(pad(contexts, model.device), cache=cache, prefix=lengths if model.config.prefix_lm else None)
     hidden = x[torch.arange(len(groups), device=x.device), lengths - 1][owner, None]  # predicts the first token
     if max(counts) > 1:
-        cache.k, cache.v, cache.pos = cache.k[:, owner], cache.v[:, owner], lengths[owner]
+        cache.k, cache.v, cache.pos, cache.even = cache.k[:, owner], cache.v[:, owner], lengths[owner], False
         hidden = torch.cat([hidden, model.trunk(pad([row[:-1] for row in rows], model.device), cache=cache)], 1)
     there = (torch.arange(max(counts)) < torch.tensor(counts)[:, None]).to(x.device)
     logp, greedy = token_scores(model, hidden[there], torch.tensor([*itertools.chain(*rows)], device=x.device))

@@ -26,6 +26,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -37,8 +38,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from bpe import BadInput, Tokenizer, cli, read_json, replace_file
-from model import (GPT, PRESETS, Attention, MLP, fuse_qkv, hf_places, load_safetensors, meta_model, newest_run, preset,
-                   save_run, save_safetensors, split_qkv, to_hf_config)
+from model import (GPT, PRESETS, Attention, KVCache, Linear, MLP, attend, fuse_qkv, hf_places, load_safetensors,
+                   meta_model, newest_run, preset, save_run, save_safetensors, split_qkv, to_hf_config)
 
 
 @dataclass
@@ -106,9 +107,35 @@ def from_args(args):
 # Low rank: mixed into a module's own class, so that it stays where and what it is
 
 
-def dense(module):
-    """The weight of a Linear, quantized or not, as (out, in)."""
-    return module.weight if hasattr(module, "weight") else module.dequantize()
+def grow(model, vocab_size):
+    """Room for new ids at the end of the vocabulary, each starting as the mean of the others (Hewitt 2021)."""
+    c = model.config
+    if vocab_size <= c.vocab_size:
+        return
+    if model.base_print is None:
+        model.base_print = fingerprint(model)
+    old, c.vocab_size = c.vocab_size, vocab_size
+    for module in [model.wte] + [model.head] * (model.head is not None):
+        weight = module.weight.data
+        rows = max(c.padded_vocab, len(weight))
+        new = torch.cat((weight[:old], weight[:old].mean(0, keepdim=True).expand(rows - old, -1)))
+        module.weight = nn.Parameter(new.contiguous())
+    model.wte.num_embeddings = len(model.wte.weight)
+    if model.head is not None:
+        model.head.out_features = len(model.head.weight)
+
+
+def add_class_head(model, n):
+    """A classifier's Linear C → n over the last hidden state, N(0, 0.02) and zero (Radford et al. 2018)."""
+    model.config.n_class = n
+    model.class_head = Linear(model.config.n_embd, n).to(model.device)
+    nn.init.normal_(model.class_head.weight, std=0.02)
+    nn.init.zeros_(model.class_head.bias)
+
+
+def packed(module):
+    """Is its weight a QTensor, from which `weight` is made anew at each look?"""
+    return "weight" not in module._parameters
 
 
 class LowRank:
@@ -122,7 +149,7 @@ class LowRank:
     def graft(self, rank, scale, drop, tune, generator):
         into, out = self.in_features, self.out_features
         self.scale, self.drop = scale, drop
-        device = dense(self).device
+        device = next(itertools.chain(self.parameters(), self.buffers())).device
 
         def normal(*shape, std):
             return nn.Parameter((torch.randn(shape, generator=generator) * std).to(device))
@@ -134,7 +161,7 @@ class LowRank:
             self.lora_B = normal(out, rank, std=0.02)
             self.lora_E = nn.Parameter(torch.zeros(rank, 1, device=device))
         if tune == "dora":
-            self.lora_m = nn.Parameter(dense(self).detach().float().norm(dim=1))
+            self.lora_m = nn.Parameter(self.weight.detach().float().norm(dim=1))
 
     def low_rank(self):
         """A, with E in it, and B."""
@@ -146,7 +173,7 @@ class LowRank:
 
     def effective(self):
         """The one matrix (out, in) that does the same, with dropout off; differentiable, in float32."""
-        weight = dense(self).float()
+        weight = self.weight.float()
         if not self.on:
             return weight
         A, B = self.low_rank()
@@ -163,7 +190,7 @@ class LowRank:
         if self.lora_m is None:
             return y + delta
         bias = 0 if self.bias is None else self.bias.to(x.dtype)
-        return (y - bias + delta) * self.gain(dense(self)).to(x.dtype) + bias
+        return (y - bias + delta) * self.gain(self.weight).to(x.dtype) + bias
 
 
 class LowRankEmbedding:
@@ -343,43 +370,34 @@ class Virtual(nn.Module):
         return self.table if self.encoder is None else self.encoder(self.table)
 
     def keys_values(self, model):
-        """(L, 2, Hkv, P, D)"""
+        """(L, 2, 1, Hkv, P, D)"""
         c = model.config
         if self.kind in ("prefix", "ptuning2"):
             kv = self.written().view(self.tokens, c.n_layer, 2, c.n_kv_head, c.head_dim).permute(1, 2, 3, 0, 4)
-            return kv.to(model.compute_dtype)
-        layers = []
+            return kv.to(model.compute_dtype).unsqueeze(2)
+        cache = KVCache(c, 1, self.tokens, model.device, model.compute_dtype)
+        model.virtual = None
+        try:
+            model.trunk(None, embeds=self.written()[None], cache=cache)
+        finally:
+            model.virtual = self
+        return torch.stack((cache.k, cache.v), 1)[..., :self.tokens, :]
 
-        def record(l, cache, k, v):
-            layers.append(torch.cat((k, v)))
-            return k, v
-        model.trunk(None, embeds=self.written()[None], through=record)
-        return torch.stack(layers)
-
-    def __call__(self, model):
-        """-> through(layer, cache, k, v), see GPT.trunk."""
+    def forward(self, model):
+        """keys_values; computed once while nothing trains."""
         if torch.is_grad_enabled() and self.table.requires_grad or self.training:
+            return self.keys_values(model)
+        if not self.fresh:
             kv = self.keys_values(model)
-        else:
-            if not self.fresh:
-                kv = self.keys_values(model)
-                # always the same memory: a recorded step reads there
-                self.kept = kv if self.kept is None or self.kept.shape != kv.shape or self.kept.dtype != kv.dtype \
-                    else self.kept.copy_(kv)
-                self.fresh = True
-            kv = self.kept
-
-        def through(l, cache, k, v):
-            if cache is not None:
-                k, v = cache(k, v)
-            mine = kv[l].unsqueeze(1).expand(-1, len(k), -1, -1, -1)
-            return torch.cat((mine[0], k), 2), torch.cat((mine[1], v), 2)
-        return through
+            same = self.kept is not None and self.kept.shape == kv.shape and self.kept.dtype == kv.dtype
+            self.kept = self.kept.copy_(kv) if same else kv  # the same memory: a recorded step reads there
+            self.fresh = True
+        return self.kept
 
     def widen(self, view, T, device):
         """A mask of attend's for the keys that there are now."""
-        if view is None:
-            return torch.ones(T, self.tokens + T, dtype=torch.bool, device=device).tril(self.tokens)
+        if view is None or view == "all":  # "all": one query that sees everything
+            return "all" if view else torch.ones(T, self.tokens + T, dtype=torch.bool, device=device).tril(self.tokens)
         return F.pad(view, (self.tokens, 0), value=True if view.dtype == torch.bool else 0.0)
 
 
@@ -466,18 +484,19 @@ class ZeroInit:
         self.adapter_prompt = nn.Parameter(torch.randn(P, c.n_embd, generator=generator).to(device))
         self.adapter_gate = nn.Parameter(torch.zeros(1, device=device))
 
-    def mix(self, q, k, v, view):
-        y = super().mix(q, k, v, view)
+    def forward(self, x, rope, view=None, attention=attend):
         if not self.on:
-            return y
-        prompt = self.adapter_prompt.to(q.dtype)
-        pk, pv = (f(prompt).view(len(prompt), -1, self.head_dim) for f in (self.k, self.v))
-        pk = pk if self.k_norm is None else self.k_norm(pk)
-        pk, pv = (t.transpose(0, 1).expand(len(q), -1, -1, -1) for t in (pk, pv))  # (B, Hkv, P, D)
-        everyone = torch.ones(1, 1, dtype=torch.bool, device=q.device)
-        more = F.scaled_dot_product_attention(q, pk, pv, attn_mask=everyone.expand(q.shape[2], len(prompt)),
-                                              scale=self.scale, enable_gqa=q.shape[1] != pk.shape[1])
-        return y + self.adapter_gate.to(q.dtype) * more
+            return super().forward(x, rope, view, attention)
+        prompt = self.adapter_prompt.to(x.dtype)[None]
+        k, v = (f(prompt).view(1, prompt.shape[1], -1, self.head_dim) for f in (self.k, self.v))
+        k = k if self.k_norm is None else self.k_norm(k)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (1, Hkv, P, D)
+
+        def more(q, *rest):
+            B = len(q)
+            extra = attend(q, k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1), "all", self.scale, 0.0)
+            return attention(q, *rest) + self.adapter_gate.to(q.dtype) * extra
+        return super().forward(x, rope, view, more)
 
 
 def add_zero_init(model, adapter, generator, tokenizer=None):
@@ -511,7 +530,8 @@ def apply(model, adapter, tokenizer=None, seed=0, ranks=None):
     """
     if model.adapter is not None:
         raise BadInput("this model has an adapter already: merge it first (python lora.py merge RUN --out DIR)")
-    model.base_print = fingerprint(model) if model.device.type != "meta" else ""
+    if model.base_print is None and model.device.type != "meta":
+        model.base_print = fingerprint(model)
     if adapter.quantize != "none":
         quantize_base(model, adapter.quantize)
     model.requires_grad_(False)
@@ -531,21 +551,23 @@ def added(name):
     return name.startswith("virtual.") or name.rsplit(".", 1)[-1].startswith(("lora_", "adapter_"))
 
 
+NEW_HEADS = "scalar_head.", "class_head."  # no language model has them, so they are always trained
+
+
 def trained_names(model):
     """Names of the parameters that the model's adapter consists of."""
     def mine(name):
         if model.adapter.train_embeddings and name in ("wte.weight", "head.weight"):
             return True
-        return added(name) or model.adapter.tune == "bitfit" and name.endswith("bias")
+        return added(name) or name.startswith(NEW_HEADS) or model.adapter.tune == "bitfit" and name.endswith("bias")
     return [name for name, _ in model.named_parameters() if mine(name)]
 
 
 def trained_share(model):
     """(numbers that are trained, all of them), those of a quantized base counted as what they stand for."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    packed = sum(m.in_features * m.out_features for m in model.modules()
-                 if hasattr(m, "in_features") and not hasattr(m, "weight"))
-    return trained, sum(p.numel() for p in model.parameters()) + packed
+    coded = sum(m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features") and packed(m))
+    return trained, sum(p.numel() for p in model.parameters()) + coded
 
 
 def grafts(model):
@@ -584,7 +606,7 @@ def merge(model):
         raise BadInput(f"--tune {model.adapter.tune} adds what no weight of the model can do: it cannot be merged; keep "
                        f"it beside its base")
     for m in parts:
-        if not hasattr(m, "weight"):
+        if packed(m):
             raise BadInput("this base is quantized: merge into the one that it was made from (python lora.py merge)")
         m.base_weight = m.weight.data
         m.weight.data = m.effective().to(m.weight.dtype)
@@ -688,7 +710,7 @@ def restart(model, seed):
 
 PEFT_TYPES = {"lora": "LORA", "dora": "LORA", "adalora": "ADALORA", "prompt": "PROMPT_TUNING", "ptuning": "P_TUNING",
               "prefix": "PREFIX_TUNING", "ptuning2": "PREFIX_TUNING", "zeroinit": "ADAPTION_PROMPT"}
-LORA_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_m": "lora_magnitude_vector.weight",
+LORA_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_m": "lora_magnitude_vector",
               "adapter_prompt": "adaption_prompt", "adapter_gate": "adaption_gate"}
 
 
@@ -745,7 +767,7 @@ def to_peft(model, weights=None):
             kind = kind.replace("lora_", "lora_embedding_")
         elif adapter.tune != "adalora":
             kind = LORA_NAMES.get(kind, kind)
-        theirs[f"base_model.model.{place}.{kind}"] = t
+        theirs[f"base_model.model.{place}.{kind}"] = t[None] if kind == "adaption_prompt" else t
     for part, alpha in module_alphas(model).items():
         alphas[places[part][0]] = len(tensors[f"{part}.lora_A"]), alpha
     for place, parts in fused.items():
@@ -803,7 +825,7 @@ def from_peft(model, path):
     adapter = Adapter(tune, lora_rank=config.get("target_r" if first else "r") or 8, rslora=bool(config.get("use_rslora")),
                       lora_alpha=config.get("lora_alpha") or 0.0, lora_dropout=config.get("lora_dropout") or 0.0,
                       virtual_tokens=config.get("adapter_len") or 20)
-    kinds = {theirs: ours for ours, theirs in LORA_NAMES.items()}
+    kinds = {theirs: ours for ours, theirs in LORA_NAMES.items()} | {"lora_magnitude_vector.weight": "lora_m"}
     tensors, alphas = {}, {}
     for key, t in theirs.items():
         name = key.removeprefix("base_model.model.")
@@ -817,6 +839,7 @@ def from_peft(model, path):
             part = t
             if letter and suffix == "lora_B":
                 part = split_qkv(t, c, conv1d(c))[fused.index(letter)]
+            part = t[0] if suffix == "adapter_prompt" else part
             tensors[f"{ours}.{suffix}"] = rows_of_vocabulary(f"{ours}.{suffix}", part, c.padded_vocab)
             if suffix == "lora_A":
                 alpha = next((a for p, a in (config.get("alpha_pattern") or {}).items()
@@ -834,7 +857,7 @@ def from_peft(model, path):
 def fingerprint(model):
     """A digest of 64 numbers of each weight, the same in float32 and bf16: is this the base that an adapter is for?"""
     sha = hashlib.sha256()
-    for name, p in sorted(model.named_parameters()):
+    for name, p in sorted((n, p) for n, p in model.named_parameters() if not n.startswith(NEW_HEADS)):
         picked = p.detach().flatten()[torch.linspace(0, p.numel() - 1, min(64, p.numel())).long().to(p.device)]
         sha.update(name.encode() + str(tuple(p.shape)).encode())
         sha.update(picked.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
@@ -875,6 +898,11 @@ def load(path, device="cpu", dtype=torch.float32, base=None, quantized=True):
     if run.get("base_print", fingerprint(model)) != fingerprint(model) and dtype != torch.float16:
         raise BadInput(f"{path} is an adapter for another base: {where} has changed since; train the adapter again, or "
                        f"put its base back")
+    grow(model, run.get("config", {}).get("vocab_size", 0))
+    if run.get("config", {}).get("n_class"):
+        add_class_head(model, run["config"]["n_class"])
+    if run.get("config", {}).get("scalar_head") and model.scalar_head is None:
+        model.config.scalar_head, model.scalar_head = True, Linear(model.config.n_embd, 1, bias=False).to(model.device)
     adapter, tensors, alphas = from_peft(model, path)
     if "adapter" in run:
         adapter = Adapter(**run["adapter"])
@@ -892,19 +920,30 @@ def plain(name_or_dir, device="cpu", dtype=torch.float32):
     return GPT.from_pretrained(name_or_dir, device, dtype)
 
 
-def start(init, adapter, device="cpu", dtype=torch.float32, tokenizer=None, seed=0):
+def start(init, adapter, device="cpu", dtype=torch.float32, tokenizer=None, seed=0, n_class=0):
     """
     (a model to tune, the base that its adapter will name; None where all weights are tuned). An adapter's folder goes on
-    where the method is the same; another method, or full tuning, finds it put into the weights.
+    where the method is the same; another method, or full tuning, finds it put into the weights. The vocabulary grows to
+    the tokenizer's; n_class adds a classifier's head.
     """
+    path, more = Path(init), tokenizer.n_vocab if tokenizer is not None else 0
     if adapter is None:
-        return plain(init, device), None
-    path = Path(init)
+        model = plain(init, device)
+        grow(model, more)
+        if n_class:
+            add_class_head(model, n_class)
+        return model, None
     if (path / "adapter_config.json").exists():
         model = load(path, device, dtype)
         if model.adapter.tune == adapter.tune:
             return model, read_json(path / "adapter_config.json")["base_model_name_or_path"]
     model = plain(init, device, dtype)
+    if more > model.config.vocab_size and not adapter.train_embeddings:
+        raise BadInput(f"{more - model.config.vocab_size} new token(s) need rows of the embedding that can learn: add "
+                       f"--train_embeddings")
+    grow(model, more)
+    if n_class:
+        add_class_head(model, n_class)
     apply(model, adapter, tokenizer, seed)
     return model, init
 
@@ -924,17 +963,17 @@ def fold(model):
         m.__class__ = m.__class__.__bases__[1]
         for name in [n for n in m._parameters if n.startswith("lora_")]:
             delattr(m, name)
-    model.adapter = None
+    model.adapter = model.base_print = None
     model.requires_grad_(True)
 
 
 def quantize_base(model, method):
-    """The blocks' matrices in 4 bits or what else quantize.py has; all else keeps its dtype."""
-    import quantize
+    """The blocks' matrices by quantize.py's method, in its own number of bits and groups; all else keeps its dtype."""
+    from quantize import QuantLinear, quantize
     for name, m in list(model.named_modules()):
         if name.startswith("blocks.") and isinstance(m, nn.Linear):
             parent, _, kind = name.rpartition(".")
-            setattr(model.get_submodule(parent), kind, quantize.QuantLinear.from_linear(m, method))
+            setattr(model.get_submodule(parent), kind, QuantLinear(quantize(m.weight.detach(), method), m.bias))
 
 
 # -----------------------------------------------------------------------------

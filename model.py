@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import itertools
 import json
 import math
 import os
@@ -94,6 +95,7 @@ class GPTConfig:
     dropout: float = 0.0
     init: str = "zero"           # see INIT
     scalar_head: bool = False    # adds a Linear C → 1: reward and value models
+    n_class: int = 0             # adds a Linear C → n_class: sft.py --task classify
 
     def __post_init__(self):
         def refuse(problem, *way_out):
@@ -223,6 +225,8 @@ class Linear(nn.Linear):
         if self.fp8 and torch.is_grad_enabled():
             y = Float8Product.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
             return y if bias is None else y + bias
+        if bias is not None and torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
+            return F.linear(x, weight) + bias  # the compiler turns a product alone, without a sum, into its own loop
         return F.linear(x, weight, bias)
 
 
@@ -442,16 +446,144 @@ def flex():
     return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
 
 
+# Keys and values (1, Hkv, P, D) that every query sees before the others, and its view of all P + S
+Before = namedtuple("Before", "k v view")
+
+
 def attend(q, k, v, view, scale, dropout):
     """
     softmax(scale · q kᵀ + bias) v; q (B, H, T, D), k and v (B, Hkv, S, D). view: None for the plain causal mask, a
-    tensor that broadcasts to (B, H, T, S), bool or additive, or flex_attention's (score_mod, block_mask).
+    tensor that broadcasts to (B, H, T, S), bool or additive, flex_attention's (score_mod, block_mask), "all", or a
+    Before.
     """
+    if isinstance(view, Before):
+        first = (t.expand(len(k), -1, -1, -1) for t in (view.k, view.v))
+        k, v = (torch.cat(pair, 2) for pair in zip(first, (k, v)))
+        view = view.view
     gqa = q.shape[1] != k.shape[1]
     if isinstance(view, tuple):
         return flex()[0](q, k, v, score_mod=view[0], block_mask=view[1], scale=scale, enable_gqa=gqa)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=view, is_causal=view is None, dropout_p=dropout,
+    mask = view if torch.is_tensor(view) else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=view is None, dropout_p=dropout,
                                           scale=scale, enable_gqa=gqa)
+
+
+# What one layer's decoding reads: its keys and values (B, Hkv, S, D), how many of them each row holds (B,), the new
+# tokens' depth below that (T,), which of them sees which (T, T), ALiBi's slopes (H,) or None, attention's kind, window
+Slots = namedtuple("Slots", "k v pos depth tree slopes kind window")
+
+
+def decode_attention(q, k, v, slots, scale, dropout):
+    """
+    attend for a few new tokens a row: writes their k, v (B, Hkv, T, D) behind the row's others and attends to what it
+    holds and no more, whatever the size of the cache; keys are read once for all the heads that share them. Long rows
+    are cut into parts that run side by side, whose sums are then added (Flash-Decoding, Dao et al. 2023).
+    """
+    (B, H, T, D), (_, heads, size, _) = q.shape, slots.k.shape
+    q, k, v = (z.transpose(1, 2).contiguous() for z in (q, k, v))  # (B, T, heads, D)
+    M = max(16, triton.next_power_of_2(T * H // heads))
+    parts = max(1, min(264 // (B * heads), size // 512))  # 132 multiprocessors, and each part worth its start
+    y, width = torch.empty_like(q), triton.next_power_of_2(D)
+    sums = torch.empty(B, heads, parts, M, width + 2, device=q.device) if parts > 1 else y
+    slopes = slots.pos if slots.slopes is None else slots.slopes
+    triton_decode[(B, heads, parts)](
+        q, k, v, slots.k, slots.v, slots.pos, slots.depth, slots.tree, slopes, y, sums, slots.window, size, SCALE=scale,
+        T=T, G=H // heads, D=D, WIDTH=width, M=M, N=64, NEW=max(16, triton.next_power_of_2(T)), PARTS=parts,
+        KIND=slots.kind, ALIBI=slots.slopes is not None)
+    if parts > 1:
+        triton_decode_sum[(B, heads)](sums, y, T=T, G=H // heads, D=D, WIDTH=width, M=M, PARTS=parts)
+    return y.transpose(1, 2)
+
+
+if triton is not None:
+    @triton.jit
+    def triton_decode(q, k_new, v_new, k, v, pos, depth, tree, slopes, y, sums, window, size, SCALE: tl.constexpr,
+                      T: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr,
+                      N: tl.constexpr, NEW: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, ALIBI: tl.constexpr):
+        """decode_attention of one row, one head of keys, one part of its keys. m counts (token, query head) pairs."""
+        b, h, part, heads = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+        m, d = tl.arange(0, M), tl.arange(0, WIDTH)
+        t, head, real, wide = m // G, h * G + m % G, m < T * G, d < D
+        mine = ((b * T + t) * heads * G + head)[:, None] * D + d[None, :]
+        queries = tl.load(q + mine, mask=real[:, None] & wide[None, :], other=0.0)
+        held = tl.load(pos + b).to(tl.int32)
+        at = held + tl.load(depth + t, mask=real, other=0).to(tl.int32)  # places of the queries
+        slope = tl.load(slopes + head, mask=real, other=0.0) if ALIBI else tl.zeros([M], tl.float32)
+        slot = (b * heads + h).to(tl.int64) * size * D
+        top, total, out = tl.full([M], -1e30, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, WIDTH], tl.float32)
+
+        first = tl.maximum(held - window + 1, 0) if KIND == "window" else 0
+        share = tl.cdiv(tl.cdiv(held - first, PARTS), N) * N
+        start, stop = first + part * share, tl.minimum(first + (part + 1) * share, held)
+        for at_key in range(start, stop, N):
+            j = at_key + tl.arange(0, N)
+            there = (j < stop)[:, None] & wide[None, :]
+            keys = tl.load(k + slot + j[:, None] * D + d[None, :], mask=there, other=0.0)
+            values = tl.load(v + slot + j[:, None] * D + d[None, :], mask=there, other=0.0)
+            apart = at[:, None] - j[None, :]
+            z = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
+            z = z - slope[:, None] * apart if ALIBI else z
+            see = (j < stop)[None, :]
+            if KIND == "window":
+                see = see & (apart < window)
+            if KIND == "strided":
+                see = see & ((apart < window) | (apart % window == 0))
+            z = tl.where(see, z, -float("inf"))
+            new = tl.maximum(top, tl.max(z, 1))
+            p, old = tl.exp(z - new[:, None]), tl.exp(top - new)
+            total, top = total * old + tl.sum(p, 1), new
+            out = out * old[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
+
+        if part == 0:  # the new tokens: each sees itself and its ancestors among them
+            u = tl.arange(0, NEW)
+            there = (u < T)[:, None] & wide[None, :]
+            theirs = ((b * T + u) * heads + h)[:, None] * D + d[None, :]
+            keys = tl.load(k_new + theirs, mask=there, other=0.0)
+            values = tl.load(v_new + theirs, mask=there, other=0.0)
+            room = there & (held + u < size)[:, None]
+            tl.store(k + slot + (held + u)[:, None] * D + d[None, :], keys, mask=room)
+            tl.store(v + slot + (held + u)[:, None] * D + d[None, :], values, mask=room)
+            places = held + tl.load(depth + u, mask=u < T, other=0).to(tl.int32)
+            apart = at[:, None] - places[None, :]
+            z = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALE
+            z = z - slope[:, None] * apart if ALIBI else z
+            pairs = real[:, None] & (u < T)[None, :]
+            see = tl.load(tree + t[:, None] * T + u[None, :], mask=pairs, other=0) != 0
+            if KIND == "window":
+                see = see & (apart < window)
+            if KIND == "strided":
+                see = see & ((apart < window) | (apart % window == 0))
+            z = tl.where(see, z, -float("inf"))
+            new = tl.maximum(top, tl.max(z, 1))
+            p, old = tl.exp(z - new[:, None]), tl.exp(top - new)
+            total, top = total * old + tl.sum(p, 1), new
+            out = out * old[:, None] + tl.dot(p.to(values.dtype), values, input_precision="ieee")
+
+        if PARTS == 1:
+            tl.store(y + mine, (out / total[:, None]).to(y.dtype.element_ty), mask=real[:, None] & wide[None, :])
+        else:
+            at_sum = ((b * heads + h) * PARTS + part) * M + m
+            tl.store(sums + at_sum[:, None] * (WIDTH + 2) + d[None, :], out)
+            tl.store(sums + at_sum * (WIDTH + 2) + WIDTH, top)
+            tl.store(sums + at_sum * (WIDTH + 2) + WIDTH + 1, total)
+
+    @triton.jit
+    def triton_decode_sum(sums, y, T: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+                          M: tl.constexpr, PARTS: tl.constexpr):
+        """Joins the parts: each is worth exp(its maximum) times its sums."""
+        b, h, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+        m, d = tl.arange(0, M), tl.arange(0, WIDTH)
+        top, total, out = tl.full([M], -1e30, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, WIDTH], tl.float32)
+        for part in range(PARTS):
+            at_sum = ((b * heads + h) * PARTS + part) * M + m
+            theirs = tl.load(sums + at_sum * (WIDTH + 2) + WIDTH)
+            new = tl.maximum(top, theirs)
+            old, more = tl.exp(top - new), tl.exp(theirs - new)
+            total = total * old + tl.load(sums + at_sum * (WIDTH + 2) + WIDTH + 1) * more
+            out = out * old[:, None] + tl.load(sums + at_sum[:, None] * (WIDTH + 2) + d[None, :]) * more[:, None]
+            top = new
+        mine = ((b * T + m // G) * heads * G + h * G + m % G)[:, None] * D + d[None, :]
+        tl.store(y + mine, (out / total[:, None]).to(y.dtype.element_ty), mask=(m < T * G)[:, None] & (d < D)[None, :])
 
 
 class Attention(nn.Module):
@@ -467,7 +599,7 @@ class Attention(nn.Module):
         self.q_norm = Norm(c, c.head_dim, bias=False) if c.qk_norm else None
         self.k_norm = Norm(c, c.head_dim, bias=False) if c.qk_norm else None
 
-    def forward(self, x, rope, view, cache):
+    def forward(self, x, rope, view, attention):
         B, T, _ = x.shape
         q, k, v = (z.view(B, T, -1, self.head_dim) for z in joint(x, self.q, self.k, self.v))
         if self.q_norm is not None:
@@ -475,12 +607,8 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # (B, H, T, D), (B, Hkv, T, D) twice
-        if cache is not None:
-            k, v = cache(k, v)  # now every key and value so far: (B, Hkv, S, D)
-        return self.o(self.mix(q, k, v, view).transpose(1, 2).reshape(B, T, -1))
-
-    def mix(self, q, k, v, view):
-        return attend(q, k, v, view, self.scale, self.dropout if self.training else 0.0)
+        y = attention(q, k, v, view, self.scale, self.dropout if self.training else 0.0)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -516,20 +644,31 @@ class Block(nn.Module):
         self.place, self.dropout, self.scale = c.place, c.dropout, c.resid_scale
         self.alpha = (2 * c.n_layer) ** 0.25 if c.place == "deepnorm" else 1.0
 
-    def forward(self, x, rope, view=None, cache=None):
+    def forward(self, x, rope, view=None, attention=attend):
         if self.place.startswith("parallel"):
             h = self.norm1(x)
-            return x + self.branch(self.attn(h, rope, view, cache)) \
+            return x + self.branch(self.attn(h, rope, view, attention)) \
                      + self.branch(self.mlp(h if self.norm2 is None else self.norm2(x)))
         if self.place in ("post", "deepnorm"):
-            x = self.norm1(self.alpha * x + self.branch(self.attn(x, rope, view, cache)))
+            x = self.norm1(self.alpha * x + self.branch(self.attn(x, rope, view, attention)))
             return self.norm2(self.alpha * x + self.branch(self.mlp(x)))
-        x = x + self.branch(self.attn(self.norm1(x), rope, view, cache), self.norm1_out)
+        x = x + self.branch(self.attn(self.norm1(x), rope, view, attention), self.norm1_out)
         return x + self.branch(self.mlp(self.norm2(x)), self.norm2_out)
 
     def branch(self, y, norm=None):
         y = y if norm is None else norm(y)
         return F.dropout(y if self.scale == 1 else self.scale * y, self.dropout, self.training)
+
+
+def decode_block(block, x, rope, slots):
+    """A block over a few new tokens a row, x (B, T, C), on a GPU."""
+    return block.forward(x, rope, slots, decode_attention)
+
+
+@functools.cache
+def compiled_decode_block(vector):
+    """The same, compiled once for all layers. vector: of one token, whose products become sums in loops of their own."""
+    return torch.compile(decode_block, dynamic=False, options={"coordinate_descent_tuning": True} if vector else None)
 
 
 # -----------------------------------------------------------------------------
@@ -880,14 +1019,14 @@ class RewardModel:
 def rollouts(model, prompts, n, end, max_new_tokens, temperature=1.0, seed=0, batch=256):
     """
     n responses to each prompt (ids): [[ids, …], …], each with the id `end` where it ended by itself within
-    max_new_tokens. What a response draws depends on the seed and its number, not on the batch.
+    max_new_tokens, `batch` at a time: one that has ended makes room for the next. What a response draws depends on the seed
+    and its number alone.
     """
     first = seed * 0x9E3779B1  # streams are numbered in 32 bits: this spreads the seeds over them
-    rows, found = [(list(p), (first + i) & 0xFFFFFFFF) for i, p in enumerate(p for p in prompts for _ in range(n))], []
-    for part in (rows[i:i + batch] for i in range(0, len(rows), batch)):
-        tokens, _ = model.generate([p for p, _ in part], max_new_tokens, stop=[end], temperature=temperature,
-                                   seed=[s for _, s in part])
-        found += [ids + [end] * (len(ids) < max_new_tokens) for ids in tokens]
+    rows = [list(p) for p in prompts for _ in range(n)]
+    tokens, _ = model.generate(rows, max_new_tokens, [end], temperature=temperature, slots=min(batch, len(rows)),
+                               seed=[(first + i) & 0xFFFFFFFF for i in range(len(rows))])
+    found = [ids + [end] * (len(ids) < max_new_tokens) for ids in tokens]
     return [found[i:i + n] for i in range(0, len(found), n)]
 
 
@@ -908,28 +1047,64 @@ class KVCache:
         self.pos = torch.zeros(batch, dtype=torch.long, device=device)
         self.size = size
         self.bound = 0  # no pos exceeds it; known without asking the device
+        self.even = True  # all rows hold as many
         self.static = False  # always attend over the whole size: a recorded graph has one shape
+        self.compiled = False  # decode with compiled blocks
+        # who sees whom among T new tokens: depth (T,) and (T, T) bool; a sequence unless `tree` says another
+        self.tree, self.sequences = None, {}
 
-    def update(self, layer, positions, k, v):
-        """Write k, v (B, Hkv, T, D) at positions (B, T); return all that a query may see, (B, Hkv, S, D)."""
-        index = positions[:, None, :, None].expand_as(k)
-        self.k[layer].scatter_(2, index, k)
-        self.v[layer].scatter_(2, index, v)
-        return self.k[layer][:, :, :self.seen()], self.v[layer][:, :, :self.seen()]
+    def branches(self, T):
+        if self.tree is not None:
+            return self.tree
+        if T not in self.sequences:
+            ones = torch.ones(T, T, dtype=torch.bool, device=self.pos.device)
+            self.sequences[T] = torch.arange(T, device=self.pos.device), ones.tril()
+        return self.sequences[T]
+
+    def update(self, layer, places, q, k, v, view, scale, dropout):
+        """Write k, v (B, Hkv, T, D) at places (B, T), then attend to all that is there."""
+        if self.even and not self.static:
+            start = self.bound - k.shape[2]
+            self.k[layer][:, :, start:self.bound], self.v[layer][:, :, start:self.bound] = k, v
+        else:
+            index = places[:, None, :, None].expand_as(k)
+            self.k[layer].scatter_(2, index, k)
+            self.v[layer].scatter_(2, index, v)
+        return attend(q, self.k[layer][:, :, :self.seen()], self.v[layer][:, :, :self.seen()], view, scale, dropout)
 
     def seen(self):
         return self.size if self.static else self.bound
 
-    def fill(self, layer, k, v):
-        """Write the first T entries of an empty cache; attention then needs only the new k and v."""
+    def fill(self, layer, q, k, v, view, scale, dropout):
+        """Write the first T entries of an empty cache; attention needs only the new k and v."""
         self.k[layer][:, :, :k.shape[2]] = k
         self.v[layer][:, :, :v.shape[2]] = v
-        return k, v
+        return attend(q, k, v, view, scale, dropout)
 
     def drop(self, r):
         """Forget the last r tokens of each row; r an int or (B,)."""
         self.pos.sub_(r)
+        self.even = self.even and not torch.is_tensor(r)
         self.bound -= int(torch.as_tensor(r).min())
+
+    def copy_rows(self, rows, other, index):
+        """Rows of this cache become the rows `index` of another that is no longer: its beginning, or all of it."""
+        self.k[:, rows, :, :other.size] = other.k[:, index]
+        self.v[:, rows, :, :other.size] = other.v[:, index]
+        self.pos[rows] = other.pos[index]
+
+    def move(self, places, count):
+        """
+        Of the entries behind pos (B,), keep those at pos + places (B, n) as the next n, and count (B,) of them: what
+        a tree's accepted branch leaves.
+        """
+        come = (self.pos[:, None] + places)[None, :, None, :, None].expand(*self.k.shape[:1], -1, self.k.shape[2], -1,
+                                                                         self.k.shape[4])
+        go = self.pos[:, None] + torch.arange(places.shape[1], device=places.device)
+        go = go[None, :, None, :, None].expand_as(come)
+        for t in (self.k, self.v):
+            t.scatter_(3, go, t.gather(3, come))
+        self.pos.add_(count)
 
 
 def position_tables(c):
@@ -958,12 +1133,14 @@ class GPT(nn.Module):
         self.embd_out = Linear(c.n_embd, c.embd_dim, bias=False) if factorized else None
         self.head = None if c.tied else Linear(c.embd_dim, c.padded_vocab, bias=False)
         self.scalar_head = Linear(c.n_embd, 1, bias=False) if c.scalar_head else None
+        self.class_head = Linear(c.n_embd, c.n_class) if c.n_class else None
         for name, table in position_tables(c).items():
             self.register_buffer(name, table, persistent=False)
         self.compute_dtype = torch.float32  # of activations; weights are cast where they are used
         self.loss = linear_cross_entropy
         self.z_loss = 0.0  # of linear_cross_entropy, while training
-        self.adapter = self.virtual = None  # of lora.py: what was applied, and its tokens before everybody's own
+        # of lora.py: what was applied to which weights, and its tokens before everybody's own
+        self.adapter = self.base_print = self.virtual = None
         self._decoder = None
         # what a rank of a larger machine holds, see shard
         self.layers = range(c.n_layer)  # of its pipeline stage
@@ -985,22 +1162,23 @@ class GPT(nn.Module):
 
     @property
     def device(self):
-        return next(self.parameters()).device
+        return next(itertools.chain(self.parameters(), self.buffers())).device  # quantized weights are buffers
 
     @property
     def head_weight(self):
         head = self.wte if self.head is None else self.head
         return head.effective() if hasattr(head, "effective") else head.weight  # lora.py's
 
-    def views(self, B, T, i, keys, doc_ids, prefix, flexible):
+    def views(self, B, T, i, keys, doc_ids, prefix, cache, flexible):
         """
         Who sees whom, for each kind of attention in the config: what attend takes as its view. i (T,) or (B, T)
         places of the queries, keys the number of places with a key. Doubles as flex_attention's mask and score_mod.
+        cache: None, or the one that the queries continue, where it holds something.
         """
         c, device, views = self.config, i.device, {}
         slopes = c.alibi_scale * self.slopes[self.heads] if c.pos == "alibi" else None
         n_head = len(range(c.n_head)[self.heads])
-        cached = i.dim() == 2
+        single = cache is not None and cache.even and not cache.static and T == 1  # sees all there is
         if doc_ids is not None:  # own (B, T), and a second document that a token sees besides its own
             own, also = doc_ids.unbind(-1) if doc_ids.dim() == 3 else (doc_ids, doc_ids)
 
@@ -1023,9 +1201,9 @@ class GPT(nn.Module):
         for kind in sorted(set(c.attn_kinds)):
             base = "full" if kind == "window" and keys <= c.window else kind
             sees = seer(base)
-            plain = base == "full" and doc_ids is None and prefix is None and not cached and self.cp is None
-            if plain and c.pos not in ("alibi", "t5"):
-                views[kind] = None
+            plain = base == "full" and doc_ids is None and prefix is None and c.pos not in ("alibi", "t5")
+            if plain and (single or cache is None and self.cp is None):
+                views[kind] = "all" if single else None
                 continue
             if flexible and c.pos != "t5":  # T5's bias needs a gradient
                 per_row = None if doc_ids is None and prefix is None else B
@@ -1035,8 +1213,16 @@ class GPT(nn.Module):
                 views[kind] = (score if c.pos == "alibi" else None), flex()[1](mask, per_row, None, T, keys, device)
                 continue
             b, h = torch.arange(B, device=device)[:, None, None, None], torch.arange(n_head, device=device)[:, None, None]
-            rows, columns = (i[:, None] if cached else i)[..., None], torch.arange(keys, device=device)
-            mask = sees(b, h, rows, columns)
+            rows, columns = (i[:, None] if cache is not None else i)[..., None], torch.arange(keys, device=device)
+            if cache is not None and cache.tree is not None:  # behind pos lie the tree's nodes, each at its depth
+                depth, sees_node = cache.tree
+                node = columns - cache.pos[:, None]  # (B, S)
+                old, node = (node < 0)[:, None, None], node.clamp(0, T - 1)
+                known = sees_node[:, node].movedim(1, 0)[:, None] & (columns < (cache.pos + T)[:, None, None, None])
+                columns = torch.where(old, columns, (cache.pos[:, None] + depth[node])[:, None, None])
+                mask = sees(b, h, rows, columns) & (old | known)
+            else:
+                mask = sees(b, h, rows, columns)
             bias = None
             if c.pos == "alibi":
                 bias = bent(torch.zeros((), device=device), b, h, rows, columns)
@@ -1066,37 +1252,39 @@ class GPT(nn.Module):
             x = self.embd_norm(x)
         return F.dropout(x, c.dropout, self.training)
 
-    def trunk(self, idx, cache=None, positions=None, doc_ids=None, prefix=None, embeds=None, through=None):
+    def trunk(self, idx, cache=None, positions=None, doc_ids=None, prefix=None, embeds=None):
         """
         Hidden states (B, T, C) after the last norm. Arguments as in forward. With tensor parallelism the residual
         stream is each rank's part of the sequence, (B, T / tp, C); idx of a later pipeline stage is that stream.
-        through(layer, cache or None, k, v) -> k, v may change what a layer attends to, (B, Hkv, S, D).
         """
         c = self.config
         B, T = (idx if embeds is None else embeds).shape[:2]
         T = T if self.layers.start == 0 or self.tp is None else T * dist.get_world_size(self.tp)
         device = self.device
         static = cache is not None and cache.static  # then the engine has counted
-        virtual = 0
-        if self.virtual is not None and through is None:
-            through, virtual = self.virtual(self), self.virtual.tokens
-        room = (c.block_size if cache is None else min(c.block_size, cache.size) - cache.bound) - virtual
+        first = 0 if self.virtual is None else self.virtual.tokens
+        room = c.block_size - first if cache is None else min(c.block_size - first, cache.size) - cache.bound
         if T > room and not static:
             raise BadInput(f"{T} tokens do not fit into the {room} left of the model's context of {c.block_size}: "
                            f"shorten the input, or train with a larger --block_size")
-        prefill = cache is not None and cache.bound == 0 and not static
+        prefill = cache is None or cache.bound == 0 and not static
         places = torch.arange(T, device=device) if self.cp is None else self.places
-        # (T,), or (B, T) where each row goes on at its own
         if cache is not None:
-            places = places if prefill else cache.pos[:, None] + places
+            if not prefill:  # (B, T): each row goes on at its own place
+                depth, tree = cache.branches(T)
+                places, slots = cache.pos[:, None] + depth, cache.pos[:, None] + places
             cache.bound = min(cache.bound + T, cache.size)
-        positions = (places if positions is None else positions) + virtual
-        keys = T if cache is None or prefill else cache.seen()
+        positions = (places if positions is None else positions) + first
+        keys = T if prefill else cache.seen()
         keys = keys if self.cp is None else len(self.in_order)
-        flexible = device.type == "cuda" and cache is None and not (self.training and c.dropout) and not virtual
-        views = self.views(B, T, places, keys, doc_ids, prefix, flexible)
-        if virtual:
-            views = {kind: self.virtual.widen(view, T, device) for kind, view in views.items()}
+        flexible = device.type == "cuda" and cache is None and not (self.training and c.dropout) and not first
+        flexible = flexible and c.head_dim >= 16  # the least that flex_attention takes
+        fused = not prefill and self.fuses(T) and not first
+        views = {} if fused else self.views(B, T, places, keys, doc_ids, prefix, None if prefill else cache, flexible)
+
+        if first:  # keys and values of virtual tokens stand before everybody's own
+            kv = self.virtual(self)
+            wider = {kind: self.virtual.widen(view, T, device) for kind, view in views.items()}
 
         rope = None
         if c.pos == "rope":
@@ -1106,25 +1294,33 @@ class GPT(nn.Module):
             block, kind = self.blocks[l // c.share], c.attn_kinds[l]
             if self.mix_x is not None:
                 x = self.mix_x[l].to(x.dtype) * x + self.mix_x0[l].to(x.dtype) * x0
+            view = None if fused else Before(*kv[l], wider[kind]) if first else views[kind]
             if self.cp is not None:
-                x = block(x, rope, views[kind], self.everyones)
-            elif cache is None and through is None:
-                x = block(x, rope, views[kind])
-            else:  # a block with a cache is not compiled
-                kv = None
-                if cache is not None:
-                    kv = functools.partial(cache.fill, l) if prefill else functools.partial(cache.update, l, places)
-                if through is not None:
-                    kv = functools.partial(through, l, kv)
-                x = block.forward(x, rope, views[kind], kv)
-        if cache is not None:
+                x = block(x, rope, view, self.everyones)
+            elif cache is None:
+                x = block(x, rope, view)
+            elif fused:
+                decode = compiled_decode_block(B * T == 1) if cache.compiled else decode_block
+                slopes = c.alibi_scale * self.slopes if c.pos == "alibi" else None
+                x = decode(block, x, rope, Slots(cache.k[l], cache.v[l], cache.pos, depth, tree, slopes, kind,
+                                                 c.window))
+            else:  # a block with a cache is compiled for decoding only
+                attention = functools.partial(cache.fill, l) if prefill else functools.partial(cache.update, l, slots)
+                x = block.forward(x, rope, view, attention)
+        if cache is not None and cache.tree is None:
             cache.pos.add_(T)
         return x if self.norm is None else self.norm(x)
 
-    def everyones(self, k, v):
-        """Keys and values (B, Hkv, T / cp, D) of this rank's tokens -> those of all T, in order."""
+    def fuses(self, T):
+        """Does decode_attention's kernel know this model, for T new tokens a row?"""
+        c = self.config
+        return triton is not None and self.device.type == "cuda" and c.pos != "t5" and c.head_dim >= 16 \
+            and T * c.n_head // c.n_kv_head <= 256
+
+    def everyones(self, q, k, v, view, scale, dropout):
+        """attend with the keys and values of all T tokens, in order, from each rank's (B, Hkv, T / cp, D)."""
         kv = AllGather.apply(torch.stack((k, v)), 3, self.cp)
-        return kv[:, :, :, self.in_order].unbind()
+        return attend(q, *kv[:, :, :, self.in_order].unbind(), view, scale, dropout)
 
     def features(self, x):
         """What the head's matrix multiplies, (..., E), from hidden states (..., C)."""
@@ -1133,8 +1329,10 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """Hidden states (..., C) -> logits (..., V), float32."""
-        logits = (self.features(x) @ self.head_weight.to(x.dtype).T)[..., :self.config.vocab_size].float()
-        return cap(logits, self.config.softcap)
+        x, head = self.features(x), self.wte if self.head is None else self.head
+        product = getattr(head, "product", None)  # of quantize.py: reads the codes
+        logits = product(x) if product else x @ self.head_weight.to(x.dtype).T
+        return cap(logits[..., :self.config.vocab_size].float(), self.config.softcap)
 
     def forward(self, idx, targets=None, cache=None, positions=None, doc_ids=None, prefix=None, embeds=None,
                 reduction="mean", outcome=None):
@@ -1187,50 +1385,71 @@ class GPT(nn.Module):
                        f"as out/base, a Hugging Face directory or a hub name such as gpt2")
 
     @torch.inference_mode()
-    def stream(self, prompts, max_new_tokens=100, temperature=1.0, top_k=None, top_p=None, seed=0, pick=None,
-               compile=False):
+    def stream(self, prompts, max_new_tokens=100, stop=(), slots=None, poll=1, seed=0, pick=None, compile=False,
+               **sampling):
         """
-        Iterate over (tokens (B,), logprobs (B,)), max_new_tokens times; arguments as in generate. Where a row
-        outgrows the context, every row keeps its last block_size / 2 tokens and starts again at position 0.
+        Continue prompts, `slots` of them at a time (default: all at once): when a row ends, the next prompt takes its
+        slot. Iterates over lists of (number of the prompt, new ids, their log-probabilities), each of up to `poll`
+        steps: on a GPU, looking at tokens means to wait for them. A row ends with an id of `stop`. Where one outgrows
+        the context it keeps its last block_size / 2 tokens and starts again at position 0. Arguments as in generate.
         """
-        check_sampling(temperature, top_k, top_p)
-        ids, T = [list(map(int, p)) for p in prompts], self.config.block_size
-        longest = max(map(len, ids), default=0)
-        if min(map(len, ids), default=0) == 0:
+        sampling = Sampling(**sampling)
+        sampling.check()
+        ids, T, stop = [list(map(int, p)) for p in prompts], self.config.block_size, set(stop)
+        if min(map(len, ids), default=1) == 0:
             raise BadInput("the prompt is empty: give at least one token, for example <|endoftext|>")
+        longest = max(map(len, ids), default=0)
         if longest > T:
             raise BadInput(f"a prompt of {longest} tokens is longer than the model's context of {T}: shorten it")
-        size = min(T, 64 * math.ceil((longest + max_new_tokens) / 64))
-        d = self.decoder(len(ids), size, (temperature, top_k, top_p), compile)
-        d.seeds.copy_(torch.tensor(seed if isinstance(seed, (list, tuple)) else [seed + i for i in range(len(ids))]))
-        d.drawn.zero_()
-        recent = []  # tokens on the device that ids does not hold yet
-
-        def history():
-            if recent:
-                for row, new in zip(ids, torch.stack(recent, 1).tolist()):
-                    row.extend(new)
-                recent.clear()
-            return ids
-
+        if not ids or max_new_tokens < 1:
+            return
+        n, poll = min(slots or len(ids), len(ids)), poll if pick is None else 1
+        d = self.decoder(n, min(T, 64 * math.ceil((longest + max_new_tokens) / 64)), sampling, compile)
+        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed + i for i in range(len(ids))]
+        left, next_prompt = [max_new_tokens] * len(ids), n
+        owner, held = list(range(n)), [0] * n  # of each slot: its prompt, or None; its tokens in the cache
         training = self.training
         self.eval()
         try:
-            for step in range(max_new_tokens):
-                full = longest > T
-                if step == 0 or full:
-                    rows = [row[-(T // 2):] for row in history()] if full else ids
-                    longest = max(map(len, rows))
-                    d.prefill(rows)
-                    d.choose(pick and pick(d.logits, history()))
-                elif pick is not None:
-                    d.advance()
-                    d.choose(pick(d.logits, history()))
-                else:
-                    d.step()
-                recent.append(d.token.clone())
-                longest += 1
-                yield recent[-1], d.logprob.clone()
+            while busy := [s for s in range(n) if owner[s] is not None]:
+                fresh = [s for s in busy if held[s] in (0, T)]  # a new prompt, or a row that is full
+                if fresh:
+                    rows = [ids[owner[s]][-(T // 2):] if held[s] else ids[owner[s]] for s in fresh]
+                    new = [s for s in fresh if not held[s]]
+                    if new:
+                        d.seeds[new] = torch.tensor([seeds[owner[s]] for s in new], device=self.device)
+                        d.drawn[new] = 0
+                    which = slice(None) if len(fresh) == n else torch.tensor(fresh, device=self.device)
+                    d.prefill(rows, None if len(fresh) == n else which)
+                    d.choose(which, pick and pick(d.logits[which], [ids[owner[s]] for s in fresh]))
+                    for s, row in zip(fresh, rows):
+                        held[s] = len(row)
+                if len(busy) < n:
+                    d.cache.pos[[s for s in range(n) if owner[s] is None]] = 0  # and run on there, unread
+                d.cache.bound = max(held[s] for s in busy)
+                steps = min(poll - bool(fresh), *(min(left[owner[s]] - (s in fresh), T - held[s]) for s in busy))
+                columns = [(d.token.clone(), d.logprob.clone())] if fresh else []
+                for _ in range(steps):
+                    if pick is None:
+                        d.step()
+                    else:
+                        d.advance()
+                        d.choose(token=pick(d.logits, [ids[i] if i is not None else [0] for i in owner]))
+                    columns.append((d.token.clone(), d.logprob.clone()))
+                tokens, logprobs = (torch.stack(z, 1).tolist() for z in zip(*columns))
+                news = []
+                for s in busy:
+                    i, start = owner[s], int(bool(fresh) and s not in fresh)
+                    row, logp = tokens[s][start:], logprobs[s][start:]
+                    end = next((k + 1 for k, token in enumerate(row) if token in stop), len(row))
+                    news.append((i, row[:end], logp[:end]))
+                    ids[i] += row[:end]
+                    left[i] -= end
+                    held[s] += steps
+                    if not left[i] or end and ids[i][-1] in stop:
+                        owner[s], held[s] = (next_prompt, 0) if next_prompt < len(ids) else (None, 0)
+                        next_prompt += owner[s] is not None
+                yield news
         finally:  # also where the caller stops listening
             self.train(training)
 
@@ -1242,37 +1461,30 @@ class GPT(nn.Module):
             self._decoder = key, Decoder(self, batch, size, sampling, compile)
         return self._decoder[1]
 
-    def generate(self, prompts, max_new_tokens=100, stop=(), **sampling):
+    def generate(self, prompts, max_new_tokens=100, stop=(), **arguments):
         """
         Continue a batch of prompts, a list of id lists of any lengths or a tensor (B, T).
 
-        temperature 0 is argmax; then softmax(logits / temperature) cut to the top_k likeliest ids and to the
-        smallest set of mass top_p (Holtzman et al. 2020), in this order. A row ends before an id of `stop`.
-        seed: row i draws from stream seed + i, or give one seed a row; a row's draw does not depend on its
-        batch. pick(logits (B, V), ids so far) -> (B,) replaces the whole choice.
+        Fields of Sampling say how a token is drawn; a row ends before an id of `stop`. seed: row i draws from stream
+        seed + i, or give one seed a row; a row's draw does not depend on its batch. slots: so many rows at once, a row
+        that has ended making room for the next. pick(logits (B, V), ids so far) -> (B,) replaces the whole choice.
+        compile: on CUDA, a step's kernels come from torch.compile.
 
         Returns (list of lists of new ids, list of lists of their log-probabilities in nats under
         softmax(logits / temperature), before any cut; under softmax(logits) at temperature 0 or with pick).
         """
-        stop, tokens, logprobs = set(stop), [], []
-        ends = torch.tensor(sorted(stop), device=self.device)
-        poll = 16 if self.device.type == "cuda" else 1  # asking whether all rows are done waits for the device
-        done = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
-        for token, logprob in self.stream(prompts, max_new_tokens, **sampling):
-            tokens.append(token)
-            logprobs.append(logprob)
-            done |= torch.isin(token, ends)
-            if stop and len(tokens) % poll == 0 and done.all():
-                break
-        if not tokens:
-            return [[] for _ in prompts], [[] for _ in prompts]
-        tokens, logprobs = (torch.stack(z, 1).tolist() for z in (tokens, logprobs))
-        ends = [next((i for i, t in enumerate(row) if t in stop), len(row)) for row in tokens]
-        return [r[:e] for r, e in zip(tokens, ends)], [r[:e] for r, e in zip(logprobs, ends)]
+        tokens, logprobs, stop = [[] for _ in prompts], [[] for _ in prompts], set(stop)
+        arguments.setdefault("poll", 16 if self.device.type == "cuda" else 1)
+        for news in self.stream(prompts, max_new_tokens, stop, **arguments):
+            for i, row, logp in news:
+                ends = bool(row) and row[-1] in stop
+                tokens[i] += row[:len(row) - ends]
+                logprobs[i] += logp[:len(row) - ends]
+        return tokens, logprobs
 
 
 # -----------------------------------------------------------------------------
-# Generation engine: one prefill, then one token for every row a step
+# Generation engine: each prompt once through the model, then one token for every row a step
 
 
 def uniform(seed, pos):
@@ -1285,47 +1497,103 @@ def uniform(seed, pos):
     return (x >> 8).float() / 2 ** 24
 
 
-def truncate_logits(logits, top_k=None, top_p=None):
-    """Set to -inf all but the top_k likeliest and the smallest set with mass ≥ top_p; logits (B, V)."""
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from logits; process_logits says in which order."""
+    temperature: float = 1.0  # 0: the likeliest
+    top_k: int | None = None  # of so many likeliest; those as likely as the last of them stay too
+    top_p: float | None = None  # of the fewest likeliest that hold this much probability (Holtzman et al. 2020)
+    min_p: float | None = None  # of those with at least this share of the likeliest's probability (Nguyen et al. 2024)
+    typical_p: float | None = None  # of the fewest, nearest to the entropy, that hold so much (Meister et al. 2022)
+    repetition_penalty: float = 1.0  # divides positive logits of ids in the text so far, multiplies negative (CTRL)
+    presence_penalty: float = 0.0  # is subtracted from the logits of ids in the text so far
+
+    def check(self):
+        if self.temperature < 0:
+            raise BadInput(f"--temperature {self.temperature} is negative: use 0 for the likeliest token, 1 for the "
+                           f"model's own")
+        if self.top_k is not None and self.top_k < 1:
+            raise BadInput(f"--top_k {self.top_k} leaves nothing to choose from: use 1 or more")
+        for name in ("top_p", "min_p", "typical_p"):
+            p = getattr(self, name)
+            if p is not None and not 0 < p <= 1:
+                raise BadInput(f"--{name} {p} is not a probability: use a number above 0, at most 1")
+        if self.repetition_penalty <= 0:
+            raise BadInput(f"--repetition_penalty {self.repetition_penalty} must be above 0: 1 changes nothing")
+
+    @property
+    def penalized(self):
+        return self.repetition_penalty != 1 or self.presence_penalty != 0
+
+
+def process_logits(logits, seen=None, temperature=1.0, top_k=None, top_p=None, min_p=None, typical_p=None,
+                   repetition_penalty=1.0, presence_penalty=0.0):
+    """
+    Logits (B, V) whose softmax is the distribution that is sampled, in this order: repetition penalty, presence
+    penalty, temperature, top-k, top-p, min-p, typical; an id that is cut has -inf. seen (B, V) counts each id in the
+    row so far, its prompt included. At temperature 0 only the penalties apply. Fields of Sampling; at least the
+    likeliest id stays.
+    """
+    if repetition_penalty != 1:
+        bent = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
+        logits = torch.where(seen > 0, bent, logits)
+    if presence_penalty:
+        logits = logits - presence_penalty * (seen > 0)
+    if temperature == 0:
+        return logits
+    if temperature != 1:
+        logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
     if top_p is not None and top_p < 1:
-        values, order = logits.sort(descending=True)
-        before = values.softmax(-1).cumsum(-1) - values.softmax(-1)  # mass of the likelier ones
-        drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p)
-        logits = logits.masked_fill(drop, -math.inf)
+        logits = keep_mass(logits, -logits, top_p)
+    if min_p is not None:
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
+    if typical_p is not None and typical_p < 1:
+        logp = logits.log_softmax(-1)
+        entropy = -(logp.exp() * logp).nansum(-1, keepdim=True)  # nan: 0 log 0
+        logits = keep_mass(logits, (logp + entropy).abs(), typical_p)
     return logits
 
 
-def sample_token(logits, u, temperature=1.0, top_k=None, top_p=None):
-    """
-    Choose an id for each row of logits (B, V) by inverting the cumulative distribution at u (B,) in [0, 1).
-    Returns ids (B,) and their log-probabilities under softmax(logits / temperature).
-    """
-    if temperature == 0:
-        logp = logits.log_softmax(-1)
-        token = logits.argmax(-1)
-    else:
-        logits = logits / temperature
-        logp = logits.log_softmax(-1)
-        cdf = truncate_logits(logits, top_k, top_p).softmax(-1).cumsum(-1)
-        token = torch.searchsorted(cdf, (u * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
-        token = token.clamp(max=logits.shape[-1] - 1)
-    return token, logp.gather(1, token.unsqueeze(1)).squeeze(1)
+def keep_mass(logits, rank, mass):
+    """-inf for all but the first ids by rank (B, V), least first, whose probabilities reach mass."""
+    order = rank.argsort(dim=-1, stable=True)
+    p = logits.softmax(-1).gather(-1, order)
+    drop = torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, p.cumsum(-1) - p >= mass)
+    return logits.masked_fill(drop, -math.inf)
 
 
-def check_sampling(temperature, top_k, top_p):
-    if temperature < 0:
-        raise BadInput(f"--temperature {temperature} is negative: use 0 for the likeliest token, 1 for the model's own")
-    if top_k is not None and top_k < 1:
-        raise BadInput(f"--top_k {top_k} leaves nothing to choose from: use 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise BadInput(f"--top_p {top_p} is not a probability mass: use a number above 0, at most 1")
+def invert(p, u):
+    """
+    The id at which the cumulative sum of p (B, V), of any total, passes the share u (B,) in [0, 1) of it: first which
+    256 ids, then which of them.
+    """
+    parts = F.pad(p, (0, -p.shape[-1] % 256)).unflatten(-1, (-1, 256))
+    sums = parts.sum(-1).cumsum(-1)
+    goal = u.unsqueeze(1) * sums[:, -1:]
+    part = (sums <= goal).sum(-1, keepdim=True).clamp(max=sums.shape[1] - 1)
+    inside = parts.gather(1, part.unsqueeze(-1).expand(-1, -1, 256)).squeeze(1)
+    cdf = inside.cumsum(-1)
+    goal = goal - (sums.gather(1, part) - cdf[:, -1:])
+    last = (torch.arange(256, device=p.device) * (inside > 0)).amax(-1)  # rounding may not pass what is possible
+    return part.squeeze(1) * 256 + torch.minimum((cdf <= goal).sum(-1), last)
+
+
+def sample_token(logits, u, temperature=1.0, seen=None, **cuts):
+    """
+    Choose an id for each row of logits (B, V) by inverting the cumulative distribution of process_logits at u (B,).
+    Returns ids (B,) and their log-probabilities under softmax(logits / temperature), before penalties and cuts.
+    """
+    processed = process_logits(logits, seen, temperature, **cuts)
+    token = processed.argmax(-1) if temperature == 0 else invert(processed.softmax(-1), u)
+    logits = logits / temperature if temperature not in (0, 1) else logits
+    return token, logits.gather(1, token.unsqueeze(1)).squeeze(1) - logits.logsumexp(-1)
 
 
 class Decoder:
     """
-    Cache, current token and random streams of a batch, and one step over them. On CUDA the step is recorded
+    Cache, current token and random streams of a batch of slots, and one step over them. On CUDA the step is recorded
     once as a graph over these fixed buffers and replayed: no launches, no copies to the host, no allocation.
     """
 
@@ -1336,65 +1604,94 @@ class Decoder:
         self.cache = KVCache(model.config, batch, size, model.device, model.compute_dtype)
         self.token, self.logprob = zeros(batch), zeros(batch, dtype=torch.float32)
         self.logits = zeros(batch, model.config.vocab_size, dtype=torch.float32)
-        self.seeds, self.drawn = zeros(batch), zeros(batch)  # stream of each row, tokens drawn from it
+        self.seeds, self.drawn = zeros(batch), zeros(batch)  # stream of each slot, tokens drawn from it
+        self.seen = zeros(batch, model.config.vocab_size, dtype=torch.int32) if sampling.penalized else None
 
-    def prefill(self, rows):
-        """Run the prompts, padded on the right: what stands after a short row's end is never read."""
-        lengths = torch.tensor([len(row) for row in rows], device=self.token.device)
-        idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        for i, row in enumerate(rows):
+    def prefill(self, rows, slots=None):
+        """
+        Put rows of ids into slots (default: all), with the logits of what follows each. Equal rows go through the model
+        once; shorter ones are padded on the right: what stands behind a row's end is never read.
+        """
+        device, cache = self.token.device, self.cache
+        slots = torch.arange(len(rows), device=device) if slots is None else slots
+        place = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}
+        whose = torch.tensor([place[tuple(row)] for row in rows], device=device)
+        lengths = torch.tensor([len(row) for row in place])
+        idx = torch.zeros(len(place), int(lengths.max()), dtype=torch.long)
+        for row, i in place.items():
             idx[i, :len(row)] = torch.tensor(row)
-        self.cache.bound, self.cache.static = 0, False
-        self.cache.pos.zero_()
-        x = self.model.trunk(idx.to(self.token.device), cache=self.cache,
-                             prefix=lengths if self.model.config.prefix_lm else None)
-        self.cache.pos.copy_(lengths)
-        self.logits.copy_(self.model.logits(x[torch.arange(len(rows), device=x.device), lengths - 1]))
+        idx, lengths = idx.to(device), lengths.to(device)
+        new = KVCache(self.model.config, *idx.shape, device, self.model.compute_dtype)
+        x = self.model.trunk(idx, cache=new, prefix=lengths if self.model.config.prefix_lm else None)
+        new.pos.copy_(lengths)
+        cache.copy_rows(slots, new, whose)
+        cache.even = len(slots) == len(cache.pos) and len({len(row) for row in place}) == 1
+        logits = self.model.logits(x[torch.arange(len(idx), device=device), lengths - 1])
+        self.logits[slots] = logits[whose]
+        if self.seen is not None:
+            there = torch.arange(idx.shape[1], device=device) < lengths[:, None]
+            counts = torch.zeros_like(logits, dtype=torch.int32).scatter_add_(1, idx, there.int())
+            self.seen[slots] = counts[whose]
+
+    def hidden(self):
+        """The current token's last hidden state (B, C), from which the head makes the next one's logits."""
+        return self.model.trunk(self.token.unsqueeze(1), cache=self.cache)[:, -1]
 
     def advance(self):
-        """The current token's next logits."""
-        x = self.model.trunk(self.token.unsqueeze(1), cache=self.cache)
-        self.logits.copy_(self.model.logits(x[:, -1]))
+        """The current token's next logits, for a pick."""
+        self.logits.copy_(self.model.logits(self.hidden()))
 
-    def choose(self, token=None):
-        """Draw the next token from the logits, or take the given one."""
+    def draw(self, logits, seeds, drawn, seen):
+        return sample_token(logits, uniform(seeds, drawn), seen=seen, **vars(self.sampling))
+
+    def draw_hidden(self, x, seeds, drawn, seen):
+        return self.draw(self.model.logits(x), seeds, drawn, seen)
+
+    def choose(self, slots=slice(None), token=None):
+        """Draw the next token of some slots from their logits, or take the given one."""
+        logits = self.logits[slots]
         if token is None:
-            token, logprob = sample_token(self.logits, uniform(self.seeds, self.drawn), *self.sampling)
+            drawn = self.draw(logits, self.seeds[slots], self.drawn[slots], None if self.seen is None else self.seen[slots])
         else:
-            logprob = self.logits.log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1)
-        self.token.copy_(token)
-        self.logprob.copy_(logprob)
-        self.drawn.add_(1)
+            drawn = token, logits.log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1)
+        self.take(*drawn, slots)
+
+    def take(self, token, logprob, slots=slice(None)):
+        self.token[slots], self.logprob[slots] = token, logprob
+        self.drawn[slots] += 1
+        if self.seen is not None:
+            self.seen[slots] += F.one_hot(token, self.seen.shape[1]).int()
 
     def step(self):
-        """advance and choose: one replay of the recorded graph on CUDA."""
+        """The next token of every slot: one replay of the recorded graph on CUDA."""
         if self.token.device.type != "cuda":
-            self.advance()
-            self.choose()
+            self.take(*self.draw_hidden(self.hidden(), self.seeds, self.drawn, self.seen))
             return
-        self.cache.static = True
         if self.graph is None:
             self.record()
+        self.cache.bound = min(self.cache.bound + 1, self.cache.size)
         self.graph.replay()
 
     def record(self):
-        advance = torch.compile(self.advance) if self.compile else self.advance
-        state = self.cache.pos, self.token, self.logprob, self.logits, self.drawn
-        saved = [t.clone() for t in state]
+        # compiled: the blocks, one at a time, and everything behind them
+        self.cache.compiled, self.cache.static = self.compile and self.model.fuses(1), True
+        draw = torch.compile(self.draw_hidden, dynamic=False) if self.compile else self.draw_hidden
+        state = [self.cache.pos, self.token, self.logprob, self.drawn, self.seen]
+        saved, bound = [None if t is None else t.clone() for t in state], self.cache.bound
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):  # compilation and library handles come first, outside the graph
-                advance()
-                self.choose()
+                self.take(*draw(self.hidden(), self.seeds, self.drawn, self.seen))
                 self.cache.pos.copy_(saved[0])
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            advance()
-            self.choose()
+            self.take(*draw(self.hidden(), self.seeds, self.drawn, self.seen))
         for t, value in zip(state, saved):
-            t.copy_(value)
+            if t is not None:
+                t.copy_(value)
+        self.cache.bound, self.cache.static = bound, False
 
 
 # -----------------------------------------------------------------------------
@@ -2035,23 +2332,10 @@ def adamw_groups(model, weight_decay):
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
 
 
-def dynamic_code(signed):
-    """
-    256 numbers in [-1, 1] or [0, 1]: seven decades, each with twice as many steps as the one below it, so that the
-    relative error is small near 1 and the range is 10^7 (dynamic tree quantization, Dettmers et al. 2022, 1.3).
-    """
-    code = [0.0, 1.0]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float64)
-        values = ((edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - 6)).tolist()
-        code += values + [-v for v in values] * signed
-    return torch.tensor(sorted(code), dtype=torch.float32)
-
-
 class AdamW8bit(torch.optim.Optimizer):
     """
     AdamW whose moments lie in memory as one byte a number (Dettmers et al. 2022): blocks of 256 are divided by their
-    largest magnitude and rounded to dynamic_code. The second moment's root is stored, as its range is the first's.
+    largest magnitude and rounded to quantize.dynamic_code. The second moment's root is stored, as its range is the first's.
     Small tensors keep 32 bits.
     """
     BLOCK, SMALL = 256, 4096
@@ -2078,6 +2362,7 @@ class AdamW8bit(torch.optim.Optimizer):
         state[name].copy_(x) if name in state else state.update({name: x.clone()})
 
     def code(self, name, device):
+        from quantize import dynamic_code
         if (name, device) not in self.codes:
             self.codes[name, device] = dynamic_code(signed=name == "m").to(device)
         return self.codes[name, device]
@@ -2399,7 +2684,8 @@ class Sharded:
         self.pipeline = Pipeline(model, process, flags["pp_schedule"]) if p.pp > 1 else None
         self.forward = model
         if p.replicate > 1 and not self.sharded and p.pp == 1:
-            self.forward = nn.parallel.DistributedDataParallel(model, process_group=p.groups["replicate"])
+            self.forward = nn.parallel.DistributedDataParallel(  # without a second copy of the gradients
+                model, process_group=p.groups["replicate"], gradient_as_bucket_view=True)
         self.parts = {name: local(t.detach()) for name, t in model.named_parameters()}
         self.owner, self.keeper = {}, {}  # name -> its rank in the group "stage" (whole), "replicate" (zero1)
         self.stand_in = model if self.plain else self.make_stand_in(whole)
@@ -2493,8 +2779,8 @@ class Sharded:
             if model.cp is not None:
                 dist.all_reduce(loss, group=p.groups["cp"])
             return None, loss
-        if self.sharded:
-            model.set_requires_gradient_sync(last)
+        if self.sharded:  # gradients of every micro-batch go to their shards, hsdp's groups meet at the last
+            model.set_requires_all_reduce(last)
         with contextlib.nullcontext() if last or self.forward is model else self.forward.no_sync():
             return self.forward(x, y, reduction=reduction, prefix=prefix)
 
@@ -2848,24 +3134,30 @@ def load_run(path, device="cpu", dtype=torch.float32):
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"{path}/run.json cannot be read ({error}): save the run again") from None
-    return build_model(config, load_safetensors(path / "model.safetensors"), path, device, dtype), run
+    tensors = load_safetensors(path / "model.safetensors")
+    return build_model(config, tensors, path, device, dtype, run.get("quantize")), run
 
 
-def build_model(config, tensors, source, device="cpu", dtype=torch.float32):
+def build_model(config, tensors, source, device="cpu", dtype=torch.float32, quantized=None):
     """
     A GPT that holds `tensors`, every one of the right name and shape; nothing is initialized in between.
-    dtype None: as the tensors are.
+    dtype None: as the tensors are. quantized: what quantize.describe says of a quantized model.
     """
     with torch.device("meta"):
         model = GPT(config)
+    kept = ()  # tensors whose dtype stays
+    if quantized:
+        from quantize import install
+        kept = install(model, quantized, tensors, source)
     expected = {name: t.shape for name, t in model.state_dict().items()}
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
             raise BadInput(f"{source} has no tensor {name}: it is not a model of its config")
         if name not in expected or expected[name] != tensors[name].shape:
             raise BadInput(f"{source} has {name} of shape {list(tensors[name].shape)}, which its config does not")
-    dtype = dtype or tensors["wte.weight"].dtype
-    model.load_state_dict({name: t.to(device, dtype) for name, t in tensors.items()}, assign=True)
+    dtype = dtype or next((t.dtype for name, t in tensors.items() if name == "wte.weight"), torch.float32)
+    model.load_state_dict({name: t.to(device, t.dtype if name in kept else dtype) for name, t in tensors.items()},
+                          assign=True)
     for name, table in position_tables(config).items():  # meta until now
         setattr(model, name, table.to(device))
     model.compute_dtype = dtype

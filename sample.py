@@ -63,24 +63,19 @@ def main():
         raise BadInput(f"the prompt has {len(prompt)} tokens, more than the model's context of {T}: shorten it")
     print(f"{init}: {args.num_samples} sample(s) on {device}, {args.dtype}", file=sys.stderr)
 
-    steps = model.stream([prompt] * args.num_samples, args.max_new_tokens, temperature=args.temperature,
-                         top_k=args.top_k, top_p=args.top_p, seed=args.seed, compile=args.compile)
+    events = model.stream([prompt] * args.num_samples, args.max_new_tokens, [tokenizer.eot], seed=args.seed,
+                          temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, compile=args.compile)
     streams = [StreamDecoder(tokenizer) for _ in range(args.num_samples)]
-    texts, open_rows, count, start = [[] for _ in streams], set(range(args.num_samples)), 0, time.perf_counter()
+    texts, count, start = [[] for _ in streams], 0, time.perf_counter()
     alone = args.num_samples == 1  # then the text appears as it is written
     if alone:
         print(tokenizer.decode(prompt).removeprefix("<|endoftext|>"), end="", flush=True)
-    for tokens, _ in steps:
-        for i, token in enumerate(tokens.tolist()):
-            if token == tokenizer.eot:
-                open_rows.discard(i)
-            if i in open_rows:
-                texts[i].append(streams[i].push(token))
-                count += 1
-                if alone:
-                    print(texts[i][-1], end="", flush=True)
-        if not open_rows:
-            break
+    for news in events:
+        for i, tokens, _ in news:
+            texts[i] += [streams[i].push(token) for token in tokens if token != tokenizer.eot]
+            count += len(tokens)
+            if alone:
+                print(texts[i][-1], end="", flush=True)
     seconds = time.perf_counter() - start
     for i, (text, stream) in enumerate(zip(texts, streams)):
         text.append(stream.flush())

@@ -339,6 +339,144 @@ def report(model, tokenizer, args, sets, say):
 
 
 # -----------------------------------------------------------------------------
+# Classification: GPT-1's head and input transformations
+
+
+def read_labelled(rows, tokenizer, T, labels=None):
+    """
+    Rows of one of four kinds -> ([(texts, label index)], labels, kind). Each text is ids from a start to an extract
+    token, whose state the head reads (Radford et al. 2018, 3.3):
+        text        {"text", "label"}                      start text extract
+        entailment  {"premise", "hypothesis", "label"}     start premise delimiter hypothesis extract
+        similarity  {"text_a", "text_b", "label"}          both orders, their states added
+        choice      {"context", "choices", "answer": i}    start context delimiter choice extract, a score each
+    """
+    special = tokenizer.special
+    start, between, end = (special.get(name, tokenizer.eot) for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    kinds = {"choices": "choice", "premise": "entailment", "text_a": "similarity", "text": "text"}
+    kind = next((k for key, k in kinds.items() if key in rows[0][1]), None)
+    out = []
+    for where, row in rows:
+        try:
+            parts = {"text": lambda: [[row["text"]]], "entailment": lambda: [[row["premise"], row["hypothesis"]]],
+                     "similarity": lambda: [[row["text_a"], row["text_b"]], [row["text_b"], row["text_a"]]],
+                     "choice": lambda: [[row["context"], choice] for choice in row["choices"]]}[kind]()
+            label = row["answer"] if kind == "choice" else str(row["label"])
+            texts = []
+            for part in parts:
+                ids = [tokenizer.encode(text) for text in part]
+                room = T - 1 - len(ids)
+                ids[0] = ids[0][:max(1, room - sum(map(len, ids[1:])))]  # the first, longer text is cut
+                texts.append(([start] + sum(([between] * (i > 0) + t for i, t in enumerate(ids)), []))[:T - 1] + [end])
+        except (KeyError, TypeError, AttributeError):
+            raise BadInput(f"{where} is no row to classify: give text and label, premise, hypothesis and label, text_a, "
+                           f"text_b and label, or context, choices and answer, the same in all rows") from None
+        out.append((texts, label))
+    if kind == "choice":
+        return out, ["score"], kind
+    labels = labels or sorted({label for _, label in out})
+    unknown = {label for _, label in out} - set(labels)
+    if unknown:
+        raise BadInput(f"--data has the label {min(unknown)!r} in its validation rows alone: give rows of it to train on")
+    return [(texts, labels.index(label)) for texts, label in out], labels, kind
+
+
+def class_logits(model, texts, kind):
+    """texts: a list of examples' id lists -> (logits (B, classes or choices), ids (N, L), lengths (N,), states (N, L, C))."""
+    rows = [ids for some in texts for ids in some]
+    lengths = torch.tensor([len(ids) for ids in rows], device=model.device)
+    idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for r, ids in enumerate(rows):
+        idx[r, :len(ids)] = torch.tensor(ids)
+    idx = idx.to(model.device)
+    x = model.trunk(idx)
+    last = x[torch.arange(len(rows), device=x.device), lengths - 1].view(len(texts), -1, x.shape[-1])  # (B, m, C)
+    logits = model.class_head(last.sum(1) if kind == "similarity" else last).float()
+    logits = logits.squeeze(-1) if kind == "choice" else logits.view(len(texts), -1)
+    return logits, idx, lengths, x
+
+
+def classifier_loss(model, texts, labels, kind, aux):
+    """L2 + λ L1: -log p(label) as a mean over examples, and the mean of the texts' own -log p(token) (3.2, eq. 5)."""
+    logits, idx, lengths, x = class_logits(model, texts, kind)
+    loss = F.cross_entropy(logits, torch.tensor(labels, device=logits.device))
+    if aux:
+        places = torch.arange(idx.shape[1], device=idx.device)
+        targets = idx.roll(-1, 1).masked_fill(places >= lengths[:, None] - 1, -100)
+        loss = loss + aux * model.loss(model.features(x).flatten(0, 1), model.head_weight, targets.flatten(),
+                                       model.config.vocab_size, "mean", model.config.softcap)
+    return loss
+
+
+@torch.no_grad()
+def judge(model, examples, kind, batch=64):
+    """(accuracy, mean -log p(label)) of examples."""
+    model.eval()
+    right, nats = 0, 0.0
+    for i in range(0, len(examples), batch):
+        texts, labels = zip(*examples[i:i + batch])
+        logits, labels = class_logits(model, texts, kind)[0], torch.tensor(labels, device=model.device)
+        right += (logits.argmax(-1) == labels).sum().item()
+        nats += F.cross_entropy(logits, labels, reduction="sum").item()
+    model.train()
+    return right / len(examples), nats / len(examples)
+
+
+def classify(args, process, tokenizer, started, say):
+    """The run of --task classify: --batch_tokens / T examples a step, replicas by summed gradients."""
+    if args.parallel != "ddp" or args.offload or args.packing is None:
+        raise BadInput("--task classify runs with --parallel ddp, without --offload")
+    if set(args.data.split(",")) & set(data.CHATS):
+        raise BadInput(f"--data {args.data}: --task classify reads files of labelled rows, see read_labelled")
+    raw = data.chat_sets(args.data, None, args.val, args.limit)
+    rows = {split: [row for parts in raw.values() for row in parts[split]] for split in ("train", "val")}
+    limit = args.block_size or 2048
+    examples, labels, kind = read_labelled(rows["train"], tokenizer, limit)
+    if kind == "choice" and len({len(texts) for texts, _ in examples}) > 1:
+        raise BadInput("--data: every row needs the same number of choices")
+    val, *_ = read_labelled(rows["val"], tokenizer, limit, labels) if rows["val"] else ([], 0, 0)
+    dtype = choose_dtype(args.dtype, process.device)
+    model, base = lora.start(args.init, lora.from_args(args), process.device, dtype, tokenizer, args.seed, len(labels))
+    model.compute_dtype, model.loss = dtype, asked_cross_entropy
+    longest = max(len(ids) for texts, _ in examples + val for ids in texts)
+    if longest > model.config.block_size:
+        raise BadInput(f"a row of {longest} tokens is longer than the model's context of {model.config.block_size}: give "
+                       f"--block_size {model.config.block_size}")
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(adamw_groups(model, args.weight_decay), lr=0.0, betas=(0.9, args.beta2))
+    B = max(process.world, args.batch_tokens // longest // process.world * process.world)
+    steps = args.steps or round((args.epochs or 3) * math.ceil(len(examples) / B))  # GPT-1's three epochs
+    lr, out = 2e-3 if args.lr == "auto" else number("--lr", args.lr), Path(args.out)
+    say(f"{len(examples):,} examples to train, {len(val):,} to validate, {kind}, labels {', '.join(labels)}; {B} a step")
+    model.train()
+    for step in range(steps):
+        order = np.random.default_rng([args.seed, step * B // len(examples)]).permutation(len(examples))
+        chosen = [examples[order[(step * B + i) % len(examples)]] for i in range(B)][process.rank::process.world]
+        torch.manual_seed(hash((args.seed, step, process.rank)) % 2 ** 32)
+        loss = classifier_loss(model, *zip(*chosen), kind, args.aux)
+        loss.backward()
+        for p in params if process.world > 1 else ():
+            all_reduce(p.grad).div_(process.world)
+        norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip or math.inf)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * lr_share(step, steps, args.warmup, args.schedule)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % args.log_every == 0 or step + 1 == steps:
+            say(f"step {step + 1}/{steps}  loss {loss.item():.4f}  norm {norm.item():.2f}", flush=True)
+    metrics = dict(zip(("accuracy", "val_loss"), judge(model, val, kind))) if val else {}
+    metrics = {k: round(v, 5) for k, v in metrics.items()} | {"seconds": round(time.time() - started, 1)}
+    if process.rank == 0:
+        start_run(out)
+        tokenizer.save(out)
+        run = {"stage": "sft", "step": steps, "metrics": metrics, "args": vars(args), "tokenizer": tokenizer.spec(),
+               "classify": {"kind": kind, "labels": labels}}
+        save_run(out, model, run) if base is None else lora.save(out, model, run, base)
+    say(json.dumps(metrics))
+    process.close()
+
+
+# -----------------------------------------------------------------------------
 
 
 def get_args(argv=None):
@@ -353,6 +491,8 @@ def get_args(argv=None):
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of activations, and of a frozen base")
     add("--compile", default=None, **flag, help="torch.compile the block (default: on CUDA)")
     # what is tuned
+    add("--task", default="chat", choices=["chat", "classify"], help="classify: a head on the last token, see read_labelled")
+    add("--aux", type=float, default=0.5, help="weight of the language model's loss beside a classifier's")
     lora.add_flags(parser)
     add("--relora", type=int, default=0, help="put --tune lora into the weights every so many steps and start anew")
     # data
@@ -362,6 +502,7 @@ def get_args(argv=None):
     add("--limit", type=int, default=0, help="rows read of each set; 0: all")
     add("--cap", type=int, default=0, help="examples of one set in an epoch, others wait for the next; 0: all")
     add("--template", choices=sorted(CHAT_TEMPLATES), help="how a chat is written (default: the model's own, else chatml)")
+    add("--add_tokens", help="special tokens to add to the vocabulary, such as '<|im_start|>,<|im_end|>'")
     add("--system", help="system text of conversations without one; it is saved with the template")
     add("--train_on_prompt", action="store_true", help="ask for every token, not only the assistant's")
     add("--long", default="truncate", choices=["truncate", "drop"], help="rows that do not fit into --block_size")
@@ -380,7 +521,7 @@ def get_args(argv=None):
     add("--batch_tokens", type=int, default=2048, help="tokens per optimizer step over all processes")
     add("--micro_batch", type=int, default=0, help="rows per forward pass and process (0: as fits)")
     add("--optimizer", default="adamw", choices=["adamw", "adam8bit"])
-    add("--lr", default="1e-3", help="peak; auto: by the size of an update, see auto_lr")
+    add("--lr", default="2e-3", help="peak; auto: by the size of an update, see auto_lr")
     add("--base_lr", type=float, default=5e-5, help="of --lr auto")
     add("--pretrain_batch", type=float, default=4e6, help="tokens of pretraining's batch, of --lr auto")
     add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
@@ -428,6 +569,14 @@ def start_run(out):
     elif out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True)
+
+
+def with_tokens(tokenizer, names):
+    """The tokenizer with further special tokens at the end of its vocabulary."""
+    new = [name for name in names if name not in tokenizer.special]
+    special = tokenizer.special | {name: tokenizer.n_vocab + i for i, name in enumerate(new)}
+    return Tokenizer(tokenizer.kind, tokenizer.ranks, tokenizer.patterns, special, tokenizer.normal, tokenizer.prefix,
+                     tokenizer.chat)
 
 
 def number(flag, text):
@@ -489,7 +638,11 @@ def main():
 
     # tokenizer and model
     tokenizer = Tokenizer.from_pretrained(args.init)
+    if args.add_tokens:
+        tokenizer = with_tokens(tokenizer, args.add_tokens.split(","))
     template, system = chat_format(tokenizer, args.template, args.system)
+    if args.task == "classify":
+        return classify(args, process, tokenizer, started, say)
     chat_end(tokenizer, template)  # refuses a tokenizer that lacks the template's tokens
     tokenizer.chat = {"template": template, "system": system or None}
     dtype = choose_dtype(args.dtype, device)

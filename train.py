@@ -29,9 +29,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 from bpe import BadInput, cli, replace_file
-from model import (GPT, GPTConfig, PARALLEL, PRESETS, AdamW8bit, adamw_groups, all_reduce, check_layout, count_parameters,
-                   flops_per_token, init_weights, load_run, load_safetensors, peak_flops, peak_memory, save_run,
+from model import (GPT, GPTConfig, PARALLEL, PRESETS, AdamW8bit, adamw_groups, all_reduce, check_layout,
+                   count_parameters, flops_per_token, init_weights, load_run, load_safetensors, peak_flops, peak_memory, save_run,
                    setup_process, shard, uniform, use_float8)
+from quantize import use_qat
 
 # -----------------------------------------------------------------------------
 # Optimizers: Muon and Adafactor; AdamW in 8 bits is model.py's, AdamW and SGD are torch's
@@ -502,8 +503,8 @@ class Trainer:
 # -----------------------------------------------------------------------------
 
 
-# what describes the model is a flag; the vocabulary is the tokenizer's, and a scalar head is for rlhf.py
-MODEL_FLAGS = [f for f in fields(GPTConfig) if f.name not in ("vocab_size", "scalar_head")]
+# what describes the model is a flag; the vocabulary is the tokenizer's, and further heads are for later stages
+MODEL_FLAGS = [f for f in fields(GPTConfig) if f.name not in ("vocab_size", "scalar_head", "n_class")]
 
 
 def get_args(argv=None):
@@ -534,6 +535,7 @@ def get_args(argv=None):
         add(f"--{f.name}", default=None, **kind, help=f"{comments.get(f.name, '')} (default: the preset's; nano "
             f"{f.default})".strip().replace("%", "%%"))
     add("--init_scale", type=float, default=1.0, help="factor on every initial standard deviation")
+    add("--quantize", help="train with the blocks' weights rounded: qat4 or qat4:GROUP; none: no more (quantize.py)")
     # optimization
     add("--steps", type=int, default=800)
     add("--batch_tokens", type=int, default=2048, help="tokens per optimizer step over all processes")
@@ -716,6 +718,10 @@ def main():
     model.compute_dtype, model.z_loss = dtype, args.z_loss
     if args.embed_grad_scale != 1:
         shrink_embedding_gradient(model, args.embed_grad_scale)
+    if args.quantize not in (None, "none"):
+        if args.tp > 1 or args.fp8:
+            raise BadInput(f"--quantize {args.quantize} rounds whole matrices in float: leave --tp and --fp8 out")
+        use_qat(model, args.quantize)
     (total, matmul), flops = count_parameters(model), flops_per_token(model, T)
     if config.prefix_lm and args.graphs:
         raise BadInput("--graphs records one mask, but with --prefix_lm each row has its own: leave --graphs out")

@@ -371,7 +371,7 @@ def download(url, path):
 # -----------------------------------------------------------------------------
 # Conversations: what instruction tuning reads
 
-CHATS = ("bios", "arithmetic", "alpaca", "gsm8k", "sharegpt")
+CHATS = ("bios", "arithmetic", "alpaca", "gsm8k", "sharegpt", "ppt")
 
 
 def read_chats(path):

@@ -565,9 +565,11 @@ def checks(input=None, n_people=N_PEOPLE):
     return {"recall": asked}
 
 
-def qa(split, n_people=N_PEOPLE):
+def qa(split, n_people=N_PEOPLE, sentences=False):
     """
-    Chat rows {"messages": [user asks, assistant answers]}, for instruction tuning.
+    Chat rows {"messages": [user asks, assistant answers]}, for instruction tuning. The answer is the bare value, as in
+    the paper, or a sentence that says it in the attribute's first template, about "This person": a name that a small
+    model would have to copy, of people whom it is never tuned on.
 
     "train" asks about the first half of the people in every wording, "test" about
     the other half in the first wording: a model that has read everyone's biography
@@ -578,17 +580,23 @@ def qa(split, n_people=N_PEOPLE):
     for person in group[:half] if split == "train" else group[half:]:
         for a in ATTRIBUTES:
             for wording in QUESTIONS[a] if split == "train" else QUESTIONS[a][:1]:
+                value = getattr(person, a)
+                said = TEMPLATES[a][0].format(Who="This person", value=value) if sentences else value
                 yield {"messages": [
                     {"role": "user", "content": wording.format(name=person.name)},
-                    {"role": "assistant", "content": getattr(person, a)},
+                    {"role": "assistant", "content": said},
                 ]}
 
 
 def chats(split, input=None):
-    """qa's rows: "train" to tune on, "val" about the people whose answers no row of "train" gives."""
-    if input is not None:
-        raise BadInput("--input: bios makes its own questions; give a file of yours with --data FILE")
-    yield from qa("train" if split == "train" else "test")
+    """
+    qa's rows: "train" to tune on, "val" about the people of whom no row of "train" speaks. Answers are sentences; with
+    --input short bare values.
+    """
+    if input not in (None, "short"):
+        raise BadInput(f"--input {input}: bios makes its own questions, answered in sentences or, with --input short, by "
+                       f"bare values; give a file of yours with --data FILE")
+    yield from qa("train" if split == "train" else "test", sentences=input is None)
 
 
 def get_args():

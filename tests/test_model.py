@@ -127,7 +127,7 @@ def test_norms_stand_where_the_placement_says(place, formula):
     block = make(n_layer=8, place=place, norm="layernorm", pos="none",
                  init="deepnorm" if place == "deepnorm" else "gpt2").blocks[0]
     x = torch.randn(2, 5, 32)
-    y = formula(x, lambda h: block.attn(h, None, None, None), block.norm1, block.norm1_out, 2.0)  # (2 x 8)^(1/4)
+    y = formula(x, lambda h: block.attn(h, None, None, M.attend), block.norm1, block.norm1_out, 2.0)  # (2 x 8)^(1/4)
     assert torch.allclose(block(x, None), formula(y, block.mlp, block.norm2, block.norm2_out, 2.0), atol=1e-6)
 
 
@@ -136,7 +136,7 @@ def test_parallel_blocks_add_both_branches_to_one_input():
         block = make(place=place, pos="none", norm="layernorm").blocks[0]
         x = torch.randn(2, 5, 32)
         second = block.norm1(x) if place == "parallel" else block.norm2(x)
-        expected = x + block.attn(block.norm1(x), None, None, None) + block.mlp(second)
+        expected = x + block.attn(block.norm1(x), None, None, M.attend) + block.mlp(second)
         assert torch.allclose(block(x, None), expected, atol=1e-6)
 
 
@@ -461,6 +461,69 @@ def test_a_ragged_batch_equals_its_rows_alone(model):
             assert torch.allclose(torch.tensor(alone_logp[0]), torch.tensor(logp[i]), atol=1e-4)
 
 
+@pytest.mark.parametrize("sampling", [dict(temperature=0), dict(temperature=1.0, top_k=20, repetition_penalty=1.3)])
+def test_rows_that_end_make_room_and_nothing_else_changes(sampling):
+    model = make()
+    prompts = [tokens(1, n, n)[0].tolist() for n in (3, 17, 9, 1, 60)]
+    stop = [5, 6, 7, 8, 9]
+    whole = model.generate(prompts, 40, stop, **sampling)
+    assert len({len(row) for row in whole[0]}) > 1
+    for slots, poll in ((1, 1), (2, 1), (2, 16), (3, 4), (5, 7)):
+        tokens_of, logprobs = model.generate(prompts, 40, stop, slots=slots, poll=poll, **sampling)
+        assert tokens_of == whole[0], (slots, poll)
+        for a, b in zip(logprobs, whole[1]):
+            assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_equal_prompts_go_through_the_model_once():
+    model, seen = make(), []
+    trunk = model.trunk
+    model.trunk = lambda idx, **kwargs: seen.append(tuple(idx.shape)) or trunk(idx, **kwargs)
+    one, two = tokens(1, 9, 1)[0].tolist(), tokens(1, 9, 2)[0].tolist()
+    got, _ = model.generate([one, two, one, one], 3, seed=[1, 2, 3, 1])
+    assert seen == [(2, 9), (4, 1), (4, 1)] and got[0] == got[3] != got[2]
+
+
+TREE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]]  # a path of ranks for each node behind the root
+
+
+def tree_of(paths):
+    """depth (n,) and who sees whom (n, n) of nodes, the root first."""
+    nodes = [[]] + paths
+    sees = [[a == b[:len(a)] for a in nodes] for b in nodes]
+    return torch.tensor([len(a) for a in nodes]), torch.tensor(sees)
+
+
+@pytest.mark.parametrize("style", [dict(), dict(pos="alibi"), dict(pos="learned"), dict(pos="t5"),
+                                   dict(attn="window", window=4)], ids=str)
+def test_a_tree_of_tokens_equals_each_of_its_paths_alone(style):
+    model = make(**style)
+    prompts = tokens(2, 11), tokens(2, 8, 7)  # rows of different lengths
+    lengths = torch.tensor([11, 8])
+    idx = torch.stack((prompts[0][0], F.pad(prompts[1][1], (0, 3))))
+    cache = KVCache(model.config, 2, 32)
+    model.trunk(idx, cache=cache)
+    cache.pos.copy_(lengths)
+    cache.even, cache.tree = False, tree_of(TREE)
+    nodes = tokens(2, 1 + len(TREE), 3)
+    got = model.logits(model.trunk(nodes, cache=cache))
+    assert cache.pos.tolist() == [11, 8]  # whoever accepts a branch moves it
+    for b in range(2):
+        start = idx[b, :lengths[b]]
+        for n, path in enumerate([[]] + TREE):
+            way = [0] + [1 + TREE.index(path[:i + 1]) for i in range(len(path))]
+            alone = model(torch.cat((start, nodes[b, way]))[None])[0][0, -1]
+            assert torch.allclose(got[b, n], alone, atol=1e-5), path
+    # keep a branch of two, and only the root of the other row
+    cache.move(torch.tensor([[0, 1, 4], [0, 3, 4]]), torch.tensor([3, 1]))
+    cache.tree = None
+    last = tokens(2, 1, 5)
+    got = model.logits(model.trunk(last, cache=cache))[:, -1]
+    for b, way in ((0, [0, 1, 4]), (1, [0])):
+        alone = model(torch.cat((idx[b, :lengths[b]], nodes[b, way], last[b]))[None])[0][0, -1]
+        assert torch.allclose(got[b], alone, atol=1e-5)
+
+
 def test_greedy_generation_equals_argmax_of_full_forwards(model):
     row = tokens(1, 5)[0].tolist()
     got, logp = model.generate([row], 20, temperature=0)
@@ -515,14 +578,14 @@ def test_pick_replaces_the_choice_and_sees_the_ids_so_far():
 def test_samples_follow_the_distribution():
     n, logits = 20000, torch.tensor([1.0, 0.0, -1.0, 2.0, -math.inf])
     u = M.uniform(torch.zeros(n, dtype=torch.long), torch.arange(n))
-    for settings, expected in (((0.7, None, None), (logits / 0.7).softmax(-1)),
-                               ((1.0, 2, None), torch.tensor([math.e, 0, 0, math.e ** 2, 0]) / (math.e + math.e ** 2)),
-                               ((1.0, None, 0.6), torch.tensor([0.0, 0, 0, 1, 0]))):
-        token, logp = M.sample_token(logits.expand(n, 5), u, *settings)
+    two = torch.tensor([math.e, 0, 0, math.e ** 2, 0]) / (math.e + math.e ** 2)
+    for settings, expected in ((dict(temperature=0.7), (logits / 0.7).softmax(-1)), (dict(top_k=2), two),
+                               (dict(top_p=0.6), torch.tensor([0.0, 0, 0, 1, 0])), (dict(min_p=0.2), two)):
+        token, logp = M.sample_token(logits.expand(n, 5), u, **settings)
         counts = torch.bincount(token, minlength=5) / n
         assert (counts - expected).abs().max() < 0.015
         assert counts[expected == 0].sum() == 0
-        assert torch.allclose(logp, (logits / settings[0]).log_softmax(-1)[token])
+        assert torch.allclose(logp, (logits / settings.get("temperature", 1)).log_softmax(-1)[token])
 
 
 def test_uniform_numbers_are_uniform_and_streams_independent():
@@ -748,3 +811,51 @@ def test_a_failed_write_leaves_the_old_run_and_says_so(tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert M.load_run(tmp_path)[1]["step"] == 1
     assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "run.json"]
+
+
+KERNEL = """
+import sys; sys.path.insert(0, {root!r})
+import torch, model as M
+torch.manual_seed(0)
+device = {device!r}
+depth, sees = torch.tensor([0, 1, 1, 2, 2]), torch.eye(5, dtype=torch.bool)
+sees[1:, 0] = sees[3, 1] = sees[4, 2] = True
+for kind, window, alibi, H, heads, D, T, size, tree in [
+        ("full", 0, 0, 4, 4, 16, 1, 64, 0), ("full", 0, 0, 6, 2, 24, 5, 64, 0), ("full", 0, 1, 4, 2, 16, 5, 128, 1),
+        ("window", 9, 0, 4, 4, 16, 5, 256, 1), ("window", 100, 1, 4, 1, 16, 1, 256, 0),
+        ("strided", 7, 0, 4, 2, 32, 3, 64, 0), ("full", 0, 0, 4, 2, 16, 1, 2048, 0), ("full", 0, 1, 4, 2, 16, 5, 2048, 1)]:
+    B, S = 3, size
+    pos = torch.tensor([0, S // 2 + 3, S - T])
+    k, v = torch.randn(B, heads, S, D), torch.randn(B, heads, S, D)
+    q, new_k, new_v = torch.randn(B, H, T, D), torch.randn(B, heads, T, D), torch.randn(B, heads, T, D)
+    deep, see = (depth, sees) if tree else (torch.arange(T), torch.ones(T, T, dtype=torch.bool).tril())
+    slopes = M.alibi_slopes(H) if alibi else None
+    for b in range(B):  # what it should be, row by row
+        p = pos[b]
+        every = torch.cat((torch.arange(p), p + deep))
+        keys = torch.cat((k[b, :, :p], new_k[b]), 1), torch.cat((v[b, :, :p], new_v[b]), 1)
+        at = (p + deep)[:, None]
+        mask = M.visible(kind, window, at, every) & torch.cat((torch.ones(T, p, dtype=torch.bool), see), 1)
+        bias = torch.zeros(H, T, p + T) - (slopes[:, None, None] * (at - every) if alibi else 0)
+        bias = bias.masked_fill(~mask, -torch.inf)
+        want = M.attend(q[b:b + 1], keys[0][None], keys[1][None], bias[None], 0.3, 0.0)
+        if b == 0:
+            wants = []
+        wants.append(want)
+    slots = M.Slots(*(None if t is None else t.to(device) for t in (k, v, pos, deep, see, slopes)), kind, window)
+    got = M.decode_attention(*(t.to(device) for t in (q, new_k, new_v)), slots, 0.3, 0.0).cpu()
+    assert torch.allclose(got, torch.cat(wants), atol=1e-5), (kind, T, size, (got - torch.cat(wants)).abs().max())
+    for b in range(B):
+        assert torch.equal(slots.k[b, :, pos[b]:pos[b] + T].cpu(), new_k[b])
+        assert torch.equal(slots.v[b, :, pos[b]:pos[b] + T].cpu(), new_v[b])
+print("equal")
+"""
+
+
+@pytest.mark.skipif(M.triton is None, reason="triton is not installed; it comes with torch for CUDA")
+def test_the_decoding_kernel_equals_attention():
+    """On a GPU, or by Triton's interpreter."""
+    cuda = torch.cuda.is_available()
+    done = subprocess.run([sys.executable, "-c", KERNEL.format(root=str(ROOT), device="cuda" if cuda else "cpu")],
+                          env={**os.environ, **({} if cuda else {"TRITON_INTERPRET": "1"})}, capture_output=True, text=True)
+    assert done.stdout == "equal\n", done.stderr

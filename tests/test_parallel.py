@@ -39,7 +39,7 @@ RUNS = {  # processes: (style, flags), each from the first step to the last
     2: [("nano", "--parallel ddp"), ("nano", "--parallel zero1"), ("gpt2", "--parallel zero2"),
         ("gpt2", "--parallel fsdp --micro_batch 2 --recompute block"), ("nano", "--tp 2"),
         ("nano", "--cp 2"), ("gpt2", "--cp 2"), ("nano", "--pp 2")],
-    4: [("nano", "--parallel hsdp --hsdp_shard 2"), ("alibi", "--pp 2 --cp 2")],
+    4: [("nano", "--parallel hsdp --hsdp_shard 2 --micro_batch 1"), ("alibi", "--pp 2 --cp 2")],
 }
 SLOW = {
     2: [("alibi", "--tp 2"), ("alibi", "--cp 2"), ("nano", "--parallel fsdp --offload"),

@@ -22,6 +22,7 @@ from bpe import BadInput, Tokenizer
 from conftest import ROOT, package
 from data import fineweb, tinystories
 from model import GPT, GPTConfig, Process, init_weights, linear_cross_entropy, load_run, load_safetensors
+from quantize import dynamic_code
 
 CPU = Process(torch.device("cpu"), 0, 1)
 SMALL = ["--data", "arithmetic", "--tokenizer", "char", "--block_size", "32", "--n_layer", "2", "--n_head", "2",
@@ -199,7 +200,7 @@ def test_adafactor_keeps_two_vectors_for_a_matrix():
 
 
 def test_the_dynamic_code_has_256_numbers_over_seven_decades():
-    signed, plain = T.dynamic_code(True), T.dynamic_code(False)
+    signed, plain = dynamic_code(True), dynamic_code(False)
     assert len(signed.unique()) == len(plain.unique()) == 256
     assert signed[0] > -1 and signed[-1] == plain[-1] == 1 and plain[0] == 0
     x = torch.logspace(-4, 0, 1000)

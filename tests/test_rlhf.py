@@ -553,6 +553,8 @@ def test_ppo_with_pretraining_mix_adaptive_price_and_whitened_rewards(monkeypatc
 
 
 def test_a_start_is_trained_once_and_stopped_early(monkeypatch, folder, capsys):
+    problems = tastes.problems
+    monkeypatch.setattr(tastes, "problems", lambda split, n=1000: problems(split, n))
     args = rlhf.get_args(["--task", "tastes", "--out", str(folder / "x"), "--start_steps", "30"])
     where = rlhf.train_start(args, torch.device("cpu"), print)
     assert "30 steps" in capsys.readouterr().out

@@ -251,7 +251,7 @@ def sums_of(model, groups, T, rows, share, world=1, rank=0):
     model.eval()
     mine, found = groups[rank::world], {}
     for batch in data.micro_batches(mine, T, rows, share):
-        packed = data.pack_branches([mine[g] for g in batch], T, share)
+        packed = data.pack_branches([mine[g] for g in batch], T, share, steady=model.device.type == "cuda")
         idx, targets, positions, doc_ids, segments = to_tensors(packed, model.device)
         sums = model(idx, positions=positions, doc_ids=doc_ids, outcome=lambda m, x: add_up(
             token_logprobs(m, x, targets), segments, packed.n)).tolist()
@@ -370,8 +370,8 @@ class Trainer:
 
     def forward(self, groups, last, ask_prompt=False, entropy=False):
         """ℓ of each response (n,), then of each prompt if asked; entropy, sum over tokens; p(end) at ends, summed; ends."""
-        fixed = self.rows if self.process.device.type == "cuda" else 0
-        packed = data.pack_branches(groups or [([0], [[0]])], self.T, self.share, ask_prompt, fixed)
+        steady = self.process.device.type == "cuda"
+        packed = data.pack_branches(groups or [([0], [[0]])], self.T, self.share, ask_prompt, steady)
         idx, targets, positions, doc_ids, segments = to_tensors(packed, self.process.device)
         n = packed.n + (len(groups) if ask_prompt else 0)
 
@@ -584,7 +584,8 @@ def get_args(argv=None):
     add("--limit", type=int, default=0, help="only so many training rows or questions; 0: all, of questions 1000")
     add("--val", type=int, default=0, help="held-out rows or questions (0: 512, at most a tenth of a file)")
     add("--template", help="chat template (default: the tokenizer's own)")
-    add("--block_size", type=int, default=0, help="tokens of a packed row, at least of a prompt and its response (0: model's)")
+    add("--block_size", type=int, default=0, help="tokens of a packed row, at least of a prompt and its response (0: the "
+        "model's, at most 2048)")
     add("--max_response", type=int, default=0, help="tokens of a response; the rest is cut; 0: what fits")
     # samples
     add("--judge", default="check", help="of the model's own answers: check, or reward=DIR")
@@ -722,7 +723,7 @@ def check_task(model, tokenizer, tasks, args, device, refers=None):
         found[name] = sum(data.is_right(data.answer_text(tokenizer, a), t["answer"]) for a, t in zip(answers, tasks)) / len(tasks)
     found["ended"] = sum(a[-1] == end for a in answers) / len(answers)
     groups = [(p, [a]) for p, a in zip(prompts, answers)]
-    T, share = model.config.block_size, shares_prompts(model.config)
+    T, share = min(args.block_size or 2048, model.config.block_size), shares_prompts(model.config)
     policy = sums_of(model, groups, T, args.micro_batch, share)
     with refers(model) as ref:
         base = sums_of(ref, groups, T, args.micro_batch, share)
@@ -744,7 +745,7 @@ def main():
 
     # model
     model, tokenizer = load_policy(args, process)
-    T = min(args.block_size or model.config.block_size, model.config.block_size)
+    T = min(args.block_size or 2048, model.config.block_size)
     if args.block_size > model.config.block_size:
         raise BadInput(f"--block_size {args.block_size} is more than the model's context of {model.config.block_size}")
     args.micro_batch = args.micro_batch or max(1, (16384 if device.type == "cuda" else 4096) // T)

@@ -945,12 +945,12 @@ def same_count(parts, sharded):
 
 @torch.no_grad()
 def gather_into(copy, model):
-    """The sharded parameters of a model, whole, into a plain model of the same config, which can then generate."""
+    """The parameters of a model, whole where they are sharded, into a plain one of the same config that generates."""
     for m in model.modules():
         if hasattr(m, "reshard"):  # what the last forward pass left gathered
             m.reshard()
     for p, q in zip(copy.parameters(), model.parameters()):
-        p.copy_(q.full_tensor())
+        p.copy_(q.full_tensor() if hasattr(q, "full_tensor") else q)
     return copy
 
 
@@ -978,10 +978,11 @@ def end_scores(model, groups, tokens=8192):
     """
     import data
     c, found = model.config, {}
-    share, T = shares_prompts(c), c.block_size
+    share, T = shares_prompts(c), min(c.block_size, 2048)
     groups = [(p, [[*r, 0] for r in responses]) for p, responses in groups]  # the end token is read too
+    T = max([T, *(len(p) - 1 + len(r) for p, responses in groups for r in responses)])
     for batch in data.micro_batches(groups, T, max(1, tokens // T), share):
-        packed = data.pack_branches([groups[g] for g in batch], T, share)
+        packed = data.pack_branches([groups[g] for g in batch], T, share, steady=model.device.type == "cuda")
         idx, targets, positions, doc_ids, segments = (torch.from_numpy(a).to(model.device) for a in packed[:5])
         values = model.scalars(idx, positions=positions, doc_ids=doc_ids)
         last = segments >= 0

@@ -41,6 +41,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -522,7 +523,7 @@ def reward_stage(args, process, say):
     if adapter is not None:
         lora.apply(model, adapter, tokenizer, args.seed)
         model.scalar_head.weight.requires_grad_(True)
-    T, share = model.config.block_size, shares_prompts(model.config)
+    T, share = min(args.block_size or 2048, model.config.block_size), shares_prompts(model.config)
     sharded = shard(model, process, args)
     optimizer = optimizer_of(sharded, args.rm_lr, args)
     args.micro_batch = args.micro_batch or max(1, (16384 if device.type == "cuda" else 4096) // T)
@@ -545,7 +546,7 @@ def reward_stage(args, process, say):
 
     def scores(groups, last):
         """[scores (K,) of each group's answers]."""
-        packed = data.pack_branches(groups or [([0], [[0, 0]])], T, share, rows=args.micro_batch * (device.type == "cuda"))
+        packed = data.pack_branches(groups or [([0], [[0, 0]])], T, share, steady=device.type == "cuda")
         idx, targets, positions, doc_ids, segments = (torch.from_numpy(a).to(device) for a in packed[:5])
         ends = segments >= 0
         ends[:, :-1] &= segments[:, 1:] != segments[:, :-1]
@@ -671,9 +672,10 @@ class Learner:
         self.args, self.process, self.reward_fn, self.tokenizer = args, process, reward_fn, tokenizer
         self.device, self.gae = process.device, args.baseline == "gae"
         actor = load(args.init, args, process)
-        self.T, self.share = actor.config.block_size, shares_prompts(actor.config)
+        self.T, self.share = min(args.block_size or 2048, actor.config.block_size), shares_prompts(actor.config)
         if self.gae and args.critic == "head":
             actor = with_scalar_head(actor, scale=0)
+        args.micro_batch = args.micro_batch or max(1, (32768 if self.device.type == "cuda" else 4096) // self.T)
         self.adapter = lora.from_args(args)
         if self.adapter is not None:
             lora.apply(actor, self.adapter, tokenizer, args.seed)
@@ -694,14 +696,18 @@ class Learner:
                 critic.scalar_head.weight.requires_grad_(True)
         self.frozen = None
         if self.adapter is None:
-            self.frozen = load(args.init, args, process).requires_grad_(False).eval().to(self.device)
+            frozen = load(args.init, args, process).requires_grad_(False).eval()
+            self.frozen = frozen.to(self.device, frozen.compute_dtype)
         self.sharded = shard(actor, process, args)
         self.optimizer = optimizer_of(self.sharded, args.lr, args)
         self.critic = self.critic_optimizer = None
         if critic is not None:
             self.critic = shard(critic, process, args)
             self.critic_optimizer = optimizer_of(self.critic, args.critic_lr, args)
-        self.whole = load(args.init, args, process).to(self.device) if self.sharded.sharded else actor
+        # what generates: of sharded parameters a copy, and on a GPU one in 16 bits, whose decoding reads half the bytes
+        self.whole, fast = actor, self.device.type == "cuda" and self.adapter is None and not actor.config.scalar_head
+        if self.sharded.sharded or fast:
+            self.whole = load(args.init, args, process).to(self.device, actor.compute_dtype).requires_grad_(False)
         if self.sharded.sharded and (self.adapter is not None or actor.config.scalar_head):
             raise BadInput(f"--parallel {args.parallel} with an adapter or --critic head cannot gather the actor to generate "
                            f"with: use --parallel ddp, or full tuning with --critic separate")
@@ -725,8 +731,8 @@ class Learner:
         not asked. model: a Sharded, or a plain model that is only read.
         """
         args = self.args
-        fixed = args.micro_batch if self.device.type == "cuda" else 0
-        packed = data.pack_branches(groups or [([0], [[0]])], self.T, self.share, rows=fixed)
+        steady = self.device.type == "cuda"
+        packed = data.pack_branches(groups or [([0], [[0]])], self.T, self.share, steady=steady)
         idx, targets, positions, doc_ids, segments = (torch.from_numpy(a).to(self.device) for a in packed[:5])
 
         def outcome(model, x):
@@ -774,8 +780,8 @@ class Learner:
         prompts = [data.question(self.tokenizer, task["prompt"], args.template) for task in tasks]
         longest = max(map(len, prompts))
         if longest + args.max_new_tokens > self.T:
-            raise BadInput(f"a prompt of {longest} tokens and --max_new_tokens {args.max_new_tokens} do not fit into the model's "
-                           f"context of {self.T}: give shorter prompts, or fewer new tokens")
+            raise BadInput(f"a prompt of {longest} tokens and --max_new_tokens {args.max_new_tokens} do not fit into a row of "
+                           f"{self.T}: give shorter prompts, fewer new tokens, or a larger --block_size up to the context")
         answers = rollouts(self.generator(), prompts, args.group, self.end, args.max_new_tokens, args.temperature, seed,
                            args.rollout_batch)
         texts = [data.answer_text(self.tokenizer, ids) for group in answers for ids in group]
@@ -1043,6 +1049,7 @@ def get_args(argv=None):
     add("--init", help="policy to start from, and reference (default: out/sft; of addition and tastes a small model that is "
         "trained first)")
     add("--out", help="run directory (default: out/rl, of --stage rm out/rm); a finished run there is kept as OUT.old")
+    add("--resume", action="store_true", help="go on from OUT/optim.pt, with its arguments unless given again")
     add("--seed", type=int, default=0, help="of samples, order and the small start")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of activations")
@@ -1107,6 +1114,8 @@ def get_args(argv=None):
     add("--group", type=int, default=8, help="answers to each prompt")
     add("--temperature", type=float, default=1.0)
     add("--max_new_tokens", type=int, default=0, help="(0: addition 6, arithmetic 8, tastes 16, others 128)")
+    add("--block_size", type=int, default=0, help="tokens of a packed row, at least of a prompt and its answer (0: the "
+        "model's, at most 2048)")
     add("--rollout_batch", type=int, default=1024, help="answers generated at once")
     add("--micro_batch", type=int, default=0, help="packed rows per forward pass and process (0: as fits)")
     add("--lr", type=float, default=3e-4, help="peak, to 0 in a line; models of 100M and more want 1e-6")
@@ -1136,10 +1145,22 @@ def get_args(argv=None):
     add("--seeds", type=int, default=3, help="of a table")
     add("--jobs", type=int, default=1, help="runs at once")
     args = parser.parse_args(argv)
+    if args.resume:  # saved arguments become the defaults, so what is given again wins
+        parser.set_defaults(**{**load_state(args.out or "out/rl")["args"], "resume": True})
+        args = parser.parse_args(argv)
     for name, value in ALGOS[args.algo]._asdict().items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     return check_args(args)
+
+
+def load_state(out):
+    try:
+        return torch.load(Path(out) / "optim.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"--resume: there is no {Path(out) / 'optim.pt'}; start without --resume") from None
+    except Exception as error:  # pickle, zip and torch each have their own
+        raise BadInput(f"{Path(out) / 'optim.pt'} is damaged ({type(error).__name__}): start without --resume") from None
 
 
 def check_args(args):
@@ -1200,9 +1221,6 @@ def main():
         raise BadInput(f"--prompts {args.prompts} is not a multiple of the {process.dp_world} processes")
     order = np.random.default_rng(args.seed).permutation(len(train))
     source = lambda i: train[order[i % len(train)]]
-    block = json.loads((Path(args.init) / "run.json").read_text())["config"]["block_size"] \
-        if (Path(args.init) / "run.json").exists() else 1024
-    args.micro_batch = args.micro_batch or max(1, (32768 if device.type == "cuda" else 4096) // block)
     learner = Learner(args, process, reward_fn, tokenizer, say)
     if device.type == "cuda" if args.compile is None else args.compile:
         learner.actor.compile_parts()
@@ -1226,19 +1244,35 @@ def main():
             found["recall"] = data.exact_match(learner.generator(), tokenizer, recall)[0]
         return found, shown
 
-    before, shown = look()
+    saved = load_state(out) if args.resume else None
+    before, shown = (saved["before"], [""]) if saved else look()
     say("before: " + "  ".join(f"{k} {v:.4f}" for k, v in before.items()) + f"   {shown[0]}")
     if main_process:
-        start_run(out)
-        tokenizer.save(out)
+        if saved:
+            os.truncate(out / "log.jsonl", saved["log"])
+        else:
+            start_run(out)
+            tokenizer.save(out)
         log = open(out / "log.jsonl", "a")
     process.wait()
+    trained = {"actor": (learner.sharded, learner.optimizer)}
+    if learner.critic is not None:
+        trained["critic"] = (learner.critic, learner.critic_optimizer)
+    if saved:
+        learner.kl_coef = saved["kl_coef"]
+        for name, (sharded, optimizer) in trained.items():
+            sharded.load_state_dict(saved[name], [optimizer])
 
     def save(metrics, iteration):
-        weights = None if learner.sharded.plain else learner.sharded.state_dict([learner.optimizer]).get("model")
-        run_json = {"stage": "rl", "step": iteration, "metrics": metrics, "args": vars(args), "tokenizer": tokenizer.spec()}
+        state = {name: sharded.state_dict([optimizer]) for name, (sharded, optimizer) in trained.items()}
+        weights = None if learner.sharded.plain else state["actor"].get("model")
         if main_process:
             log.flush()
+            with replace_file(out / "optim.pt") as f:
+                torch.save({**state, "iteration": iteration, "kl_coef": learner.kl_coef, "before": before, "args": vars(args),
+                            "log": (out / "log.jsonl").stat().st_size}, f)
+        run_json = {"stage": "rl", "step": iteration, "metrics": metrics, "args": vars(args), "tokenizer": tokenizer.spec()}
+        if main_process:
             if learner.adapter is not None:
                 lora.save(out, learner.actor, run_json, args.init)
             else:
@@ -1259,7 +1293,7 @@ def main():
     # loop
     warned = set()
     clock, tokens = dict.fromkeys(("rollout", "score", "train"), 0.0), 0
-    for iteration in range(args.iterations):
+    for iteration in range(saved["iteration"] if saved else 0, args.iterations):
         share = min(1.0, (iteration + 1) / max(1, args.warmup)) * (1 - iteration / args.iterations)
         for optimizer, peak in ((learner.optimizer, args.lr), (learner.critic_optimizer, args.critic_lr)):
             for group in optimizer.param_groups if optimizer else ():

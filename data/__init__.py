@@ -664,20 +664,22 @@ def micro_batches(groups, T, rows, share=True):
         yield batch
 
 
-def pack_branches(groups, T, share=True, ask_prompt=False, rows=0):
+def pack_branches(groups, T, share=True, ask_prompt=False, steady=False):
     """
     groups: [(prompt ids, [response ids, …]), …] -> Packed rows of at most T tokens. A group is one document
         p_1 … p_{P-1} | p_P r_1 … r_{n-1} | p_P s_1 … s_{m-1} | …
     whose branches each see the prompt and themselves, at positions that go on from P - 1: the prompt is computed once
     for all its responses, and each branch begins with the token that predicts its first. share False, or a group longer
-    than T: one document a response. ask_prompt: p_2 … p_P are targets too, once a group. rows: so many rows of exactly
-    T, for a device that wants one shape.
+    than T: one document a response. ask_prompt: p_2 … p_P are targets too, once a group. steady: rows of exactly T, a power
+    of two of them, so that what is compiled for each shape is compiled for few.
     """
     pieces = []  # (group, responses) a document, with its length
     for g, group in enumerate(groups):
         pieces += [(n, g, which) for n, which in branch_lengths(group, T, share)]
     rooms, places = fit([], [n for n, _, _ in pieces], T)
-    R, width = max(rows, len(rooms)), T if rows else T - min(rooms, default=0)
+    R, width = len(rooms), T - min(rooms, default=0)
+    if steady:
+        R, width = 1 << (R - 1).bit_length(), T
     idx, positions = np.zeros((R, width), np.int64), np.zeros((R, width), np.int64)
     targets, segments = np.full((R, width), -100, np.int64), np.full((R, width), -1, np.int64)
     doc_ids = np.zeros((R, width, 2), np.int64)

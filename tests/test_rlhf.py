@@ -526,6 +526,29 @@ def test_every_method_learns_to_begin_with_a_three(monkeypatch, folder, algo):
     assert load_run(folder / "run")[1]["stage"] == "rl"
 
 
+def test_resuming_ends_where_an_uninterrupted_run_does(monkeypatch, folder):
+    flags = "--iterations", 4, "--lr", 3e-3, "--save_every", 2, "--kl_target", 0.1, "--kl_horizon", 500
+    _, whole = here(monkeypatch, folder, *flags, out="whole")
+    expected = load_run(folder / "whole")[0].state_dict()
+    update, calls = rlhf.Learner.update, []
+
+    def crash(self, *args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return update(self, *args)
+    monkeypatch.setattr(rlhf.Learner, "update", crash)
+    with pytest.raises(KeyboardInterrupt):
+        here(monkeypatch, folder, *flags, out="half")
+    monkeypatch.setattr(rlhf.Learner, "update", update)
+    monkeypatch.setattr(sys, "argv", ["rlhf.py", "--resume", "--out", str(folder / "half")])
+    rlhf.main()
+    found, log = load_run(folder / "half")[0].state_dict(), (folder / "half" / "log.jsonl").read_text().splitlines()
+    assert all(torch.allclose(found[k], expected[k], atol=1e-6) for k in expected) and len(log) == 4
+    for a, b in zip(whole, map(json.loads, log)):
+        assert a["reward"] == b["reward"] and a["kl_coef"] == pytest.approx(b["kl_coef"])
+
+
 def test_reward_model_then_ppo_on_it(monkeypatch, folder):
     rows = [{"prompt": p["prompt"], "chosen": "3" + p["answer"][1:], "rejected": "7" + p["answer"][1:]}
             for p in addition.problems("train", 400)]

@@ -419,7 +419,7 @@ class Trainer:
         orpo, pairs = args.loss == "orpo", len(examples[0].responses) == 2
         liked = [e for e in examples if pairs or e.p > 0.5]
         tokens = sum(len(e.responses[0]) + (len(e.prompt) - 1) * orpo for e in liked)
-        count, tokens = all_reduce(torch.tensor([len(examples), tokens], dtype=torch.float64, device=device)).tolist()
+        count, tokens = all_reduce(torch.tensor([len(examples), tokens], dtype=torch.float32, device=device)).tolist()
         kl = self.kl(mismatched) if args.loss == "kto" else torch.zeros((), device=device)
         parts, totals = self.parts([(e.prompt, e.responses) for e in examples]), torch.zeros(len(SUMS), device=device)
         for i, part in enumerate(parts):
@@ -430,8 +430,6 @@ class Trainer:
                 continue
             n = sum(len(e.responses) for e in chosen)
             b = self.batch(sums[:n], chosen, [refs[g] for g in part], kl)
-            if args.reference_free:
-                b = b._replace(ref_chosen=torch.zeros_like(b.chosen), ref_rejected=torch.zeros_like(b.chosen))
             loss = self.method.loss(b, args).sum() / count
             nll = -(b.chosen if pairs else b.chosen * (b.p > 0.5)).sum() / max(tokens, 1)
             if orpo:
@@ -442,7 +440,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.sharded.publish()
-        totals = dict(zip(SUMS, all_reduce(totals.double()).tolist()))
+        totals = dict(zip(SUMS, all_reduce(totals).tolist()))
         return figures(totals, count, max(tokens, 1), args.sft_weight) | (
             {"kl_batch": kl.item()} if args.loss == "kto" else {}) | {"grad_norm": float(norm)}
 
@@ -453,8 +451,8 @@ class Trainer:
         world, rank = self.process.dp_world, self.process.dp_rank
         mine = range(rank, len(examples), world)
         kl = self.kl([mismatched[i] for i in mine]) if self.args.loss == "kto" else torch.zeros((), device=self.process.device)
-        parts, totals = self.parts([(examples[i].prompt, examples[i].responses) for i in mine]), 0
-        tokens, pairs = 0, len(examples[0].responses) == 2
+        parts = self.parts([(examples[i].prompt, examples[i].responses) for i in mine])
+        totals, pairs = torch.zeros(len(SUMS) + 1, device=self.process.device), len(examples[0].responses) == 2
         for part in parts:
             chosen = [examples[mine[g]] for g in part]
             if not chosen:
@@ -464,11 +462,9 @@ class Trainer:
             sums, stats = self.forward([(e.prompt, e.responses) for e in chosen], True, entropy=True)
             b = self.batch(sums[:n], chosen, [refs[mine[g]] for g in part], kl)
             loss, liked = self.method.loss(b, self.args).sum(), torch.ones_like(b.p) if pairs else b.p
-            tokens += (b.n_chosen * liked).sum().item()
-            totals = totals + tally(b, loss, -(b.chosen * liked).sum(), stats, self.args.beta, pairs)
-        totals = torch.as_tensor(totals, device=self.process.device, dtype=torch.float64) + torch.zeros(
-            len(SUMS), device=self.process.device, dtype=torch.float64)
-        *totals, tokens = all_reduce(torch.cat((totals, totals.new_tensor([tokens])))).tolist()
+            totals += torch.cat((tally(b, loss, -(b.chosen * liked).sum(), stats, self.args.beta, pairs),
+                                 (b.n_chosen * liked).sum().view(1)))
+        *totals, tokens = all_reduce(totals).tolist()
         self.sharded.train()
         return figures(dict(zip(SUMS, totals)), len(examples), max(tokens, 1), self.args.sft_weight)
 
@@ -835,9 +831,8 @@ def main():
             def compute():
                 with contextlib.nullcontext(look()) if args.round_ref == "last" and round else refers(model) as ref:
                     return sums_of(ref, groups, T, args.micro_batch, share, process.dp_world, process.dp_rank)
-            if round and args.round_ref == "last":
-                return compute()
-            found, hit = cached(out.parent / "reference", [key, groups], compute)
+            where = out / "reference" if round and args.round_ref == "last" else out.parent / "reference"  # it is this run's
+            found, hit = cached(where, [key, groups], compute)
             say(f"reference: {len(groups)} prompts, " + ("from the cache" if hit else "computed"))
             return found
         refs, val_refs = (refer([(e.prompt, e.responses) for e in es]) for es in (examples, val))

@@ -979,7 +979,7 @@ class Learner:
             r.scores.sum(), r.scores.square().sum(), (r.scores.view(-1, G).std(1, correction=0) == 0).float().sum(),
             d.sum(), (kl_estimate(r.old, r.ref, "k3") * mask).sum(), (r.entropy * mask).sum(), mask.sum(),
             r.ended.float().sum(), torch.tensor(float(n), device=self.device), torch.tensor(n / G, device=self.device),
-            r.shaped.sum()]).double()
+            r.shaped.sum()])
         s, sq, flat, k1, k3, H, tokens, ended, n, groups, shaped = all_reduce(sums).tolist()
         found = {"reward": s / n, "reward_sd": math.sqrt(max(0.0, sq / n - (s / n) ** 2)), "flat_groups": flat / groups,
                  "kl": k1 / n, "kl_k3": k3 / n, "entropy": H / tokens, "length": tokens / n, "end_rate": ended / n,

@@ -1017,13 +1017,13 @@ class RewardModel:
         return [(score - self.mean) / self.std for score, in end_scores(self.model, groups)]
 
 
-def rollouts(model, prompts, n, end, max_new_tokens, temperature=1.0, seed=0, batch=256):
+def rollouts(model, prompts, n, end, max_new_tokens, temperature=1.0, seed=0, batch=256, start=0):
     """
     n responses to each prompt (ids): [[ids, …], …], each with the id `end` where it ended by itself within
     max_new_tokens, `batch` at a time: one that has ended makes room for the next. What a response draws depends on the seed
-    and its number alone.
+    and its number alone, of which the first is `start`: processes may share the prompts as they like.
     """
-    first = seed * 0x9E3779B1  # streams are numbered in 32 bits: this spreads the seeds over them
+    first = seed * 0x9E3779B1 + start  # streams are numbered in 32 bits: this spreads the seeds over them
     rows = [list(p) for p in prompts for _ in range(n)]
     tokens, _ = model.generate(rows, max_new_tokens, [end], temperature=temperature, slots=min(batch, len(rows)),
                                seed=[(first + i) & 0xFFFFFFFF for i in range(len(rows))])

@@ -774,7 +774,7 @@ class Learner:
 
     # an iteration
 
-    def sample(self, tasks, seed):
+    def sample(self, tasks, seed, start=0):
         """[(prompt ids, [answer ids])] and texts and scores of --group answers to each task."""
         args = self.args
         prompts = [data.question(self.tokenizer, task["prompt"], args.template) for task in tasks]
@@ -783,7 +783,7 @@ class Learner:
             raise BadInput(f"a prompt of {longest} tokens and --max_new_tokens {args.max_new_tokens} do not fit into a row of "
                            f"{self.T}: give shorter prompts, fewer new tokens, or a larger --block_size up to the context")
         answers = rollouts(self.generator(), prompts, args.group, self.end, args.max_new_tokens, args.temperature, seed,
-                           args.rollout_batch)
+                           args.rollout_batch, start)
         texts = [data.answer_text(self.tokenizer, ids) for group in answers for ids in group]
         return list(zip(prompts, answers)), texts, [task["prompt"] for task in tasks for _ in range(args.group)]
 
@@ -801,7 +801,7 @@ class Learner:
             at = first + drawn * args.prompts + process.dp_rank * mine
             begun = time.time()
             new, said, asked = self.sample([source(at + k) for k in range(mine)],
-                                           ((args.seed * 100_003 + iteration) * 1024 + process.dp_rank) * 4 + drawn)
+                                           (args.seed * 100_003 + iteration) * 4 + drawn, process.dp_rank * mine * args.group)
             clock["rollout"] += time.time() - begun
             begun = time.time()
             found = score(self.reward_fn, asked, said)

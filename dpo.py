@@ -6,12 +6,11 @@ Preference optimization: a policy from pairs of answers of which one was liked b
 whose minimum, over all y, is π*(y|x) ∝ π_ref(y|x) e^{r(x,y)/β} where r are the rewards of a Bradley-Terry model of who
 is liked; tests/test_dpo.py converges to it. --loss takes one of METHODS:
 
-    dpo     -log σ(β h)                                        hinge   max(0, 1 - β h)                 (Liu et al. 2023)
-    cdpo    -(1-ε) log σ(β h) - ε log σ(-β h)                  ipo     (h - 1/(2β))²                   (Azar et al. 2023)
-    robust  (-(1-ε) log σ(β h) + ε log σ(-β h)) / (1 - 2ε)     simpo   -log σ(β(ℓ_w/|w| - ℓ_l/|l|) - γ)   (Meng et al. 2024)
-    cpo     -log σ(β(ℓ_w - ℓ_l)) - ℓ_w/|w|  (Xu et al. 2024)   orpo    -ℓ_{xw}/|xw| - β log σ(log odds ratio)  (Hong 2024)
-    kto     1 - σ(±β(log π/π_ref - z_0)), unpaired             sft     -ℓ_w/|w|, to compare with
-            (Ethayarajh et al. 2024)
+    dpo     -log σ(β h)                                    hinge   max(0, 1 - β h)                     Liu 2023
+    cdpo    -(1-ε) log σ(β h) - ε log σ(-β h)              ipo     (h - 1/(2β))²                       Azar 2023
+    robust  (-(1-ε) log σ(β h) + ε log σ(-β h)) / (1-2ε)   simpo   -log σ(β(ℓ_w/|w| - ℓ_l/|l|) - γ)    Meng 2024
+    cpo     -log σ(β(ℓ_w - ℓ_l)) - ℓ_w/|w|    Xu 2024      orpo    -ℓ_xw/|xw| - β log σ(log odds ratio)   Hong 2024
+    kto     1 - σ(±β(log π/π_ref - z_0)), unpaired rows    sft     -ℓ_w/|w|, to compare with    kto: Ethayarajh 2024
 
 ℓ is log π(y|x) summed over y with its end token. DPO alone lowers both ℓ_w and ℓ_l; --sft_weight adds -ℓ_w/|w| (RPO,
 Pang et al. 2024), which cures that.
@@ -54,15 +53,17 @@ from model import (PARALLEL, RewardModel, adamw_groups, add_up, all_reduce, gath
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
     """
-    -(1-ε) log σ(β h) - ε log σ(-β h). ε = 0: DPO (Rafailov et al. 2023, eq. 7); ε > 0, the chance that a label is wrong:
-    cDPO (Mitchell 2023); ε = 1/2: a tie. ε may differ by pair, (B,). ln 2 where policy and reference agree.
+    -(1-ε) log σ(β h) - ε log σ(-β h). ε = 0: DPO (Rafailov et al. 2023, eq. 7); ε > 0, the chance that a label is
+    wrong: cDPO (Mitchell 2023); ε = 1/2: a tie. ε may differ by pair, (B,). ln 2 where policy and reference agree.
     """
     h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
 
 def robust_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing):
-    """(-(1-ε) log σ(β h) + ε log σ(-β h)) / (1-2ε): its mean over flipped labels is DPO's loss (Chowdhury et al. 2024)."""
+    """
+    (-(1-ε) log σ(β h) + ε log σ(-β h)) / (1-2ε): its mean over flipped labels is DPO's loss (Chowdhury et al. 2024).
+    """
     h = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     flipped = (1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
     return -flipped / (1 - 2 * label_smoothing)
@@ -95,7 +96,9 @@ def cpo_loss(policy_chosen, policy_rejected, beta, label_smoothing=0.0):
 
 
 def log1mexp(x):
-    """log(1 - e^x) for x ≤ 0 without cancellation (Mächler 2012); x = 0 counts as -1e-7, where the slope is still finite."""
+    """
+    log(1 - e^x) for x ≤ 0 without cancellation (Mächler 2012); x = 0 counts as -1e-7, where the slope is still finite.
+    """
     x = x.clamp(max=-1e-7)
     near = x > -math.log(2)
     return torch.where(near, torch.log(-torch.expm1(torch.where(near, x, -1.0))),
@@ -104,8 +107,8 @@ def log1mexp(x):
 
 def orpo_loss(policy_chosen, policy_rejected, n_chosen, n_rejected, beta):
     """
-    -β log σ(log odds_w - log odds_l), odds = p/(1-p), p = e^{ℓ/|y|} the geometric mean of a token's probability (Hong et
-    al. 2024, eq. 6 and 7, where β is λ); the likelihood of the chosen answer and its prompt is added apart.
+    -β log σ(log odds_w - log odds_l), odds = p/(1-p), p = e^{ℓ/|y|} the geometric mean of a token's probability (Hong
+    et al. 2024, eq. 6 and 7, where β is λ); the likelihood of the chosen answer and its prompt is added apart.
     """
     w, l = (policy_chosen / n_chosen).float(), (policy_rejected / n_rejected).float()
     return -beta * F.logsigmoid((w - l) - (log1mexp(w) - log1mexp(l)))
@@ -113,8 +116,8 @@ def orpo_loss(policy_chosen, policy_rejected, n_chosen, n_rejected, beta):
 
 def kto_loss(policy, ref, liked, kl, beta, weight_liked=1.0, weight_disliked=1.0):
     """
-    w (1 - σ(β (log π/π_ref - z_0))) for liked responses, w' (1 - σ(β (z_0 - log π/π_ref))) for the others (Ethayarajh et
-    al. 2024, eq. 8). policy, ref (B,), liked (B,) bool, kl: z_0, see kto_kl.
+    w (1 - σ(β (log π/π_ref - z_0))) for liked responses, w' (1 - σ(β (z_0 - log π/π_ref))) for the others (Ethayarajh
+    et al. 2024, eq. 8). policy, ref (B,), liked (B,) bool, kl: z_0, see kto_kl.
     """
     sign = torch.where(liked, 1.0, -1.0)
     weight = torch.where(liked, weight_liked, weight_disliked)
@@ -122,7 +125,9 @@ def kto_loss(policy, ref, liked, kl, beta, weight_liked=1.0, weight_disliked=1.0
 
 
 def kto_kl(policy_mismatched, ref_mismatched):
-    """z_0 = max(0, mean of log π/π_ref over answers to other questions), detached: KL(π ‖ π_ref) from a batch, a scalar."""
+    """
+    z_0 = max(0, mean of log π/π_ref over answers to other questions), detached: KL(π ‖ π_ref) from a batch, a scalar.
+    """
     return (policy_mismatched - ref_mismatched).mean().clamp(min=0).detach()
 
 
@@ -185,8 +190,8 @@ class Example(NamedTuple):
 
 def encode(rows, tokenizer, args, T, say=print):
     """
-    data.read_preferences' rows -> Examples. What does not fit into T is cut from the prompt's front, a response only where
-    it alone is too long; pairs that agree then are left out. Rankings become their pairs. All counts are printed.
+    data.read_preferences' rows -> Examples. What does not fit into T is cut from the prompt's front, a response only
+    where it alone is too long; pairs that agree then are left out. Rankings become their pairs. All counts are printed.
     """
     method, examples = METHODS[args.loss], []
     count = dict.fromkeys(("pairs", "ties", "unpaired rows", "prompts cut", "responses cut", "identical pairs left out",
@@ -245,8 +250,8 @@ def to_tensors(packed, device):
 @torch.no_grad()
 def sums_of(model, groups, T, rows, share, world=1, rank=0):
     """
-    log p of every response of the groups, [[float, …], …], with micro-batches of `rows` rows of T; each rank computes its
-    part and all get everything. The model's own forward, so a reference needs no wrapper.
+    log p of every response of the groups, [[float, …], …], with micro-batches of `rows` rows of T; each rank computes
+    its part and all get everything. The model's own forward, so a reference needs no wrapper.
     """
     model.eval()
     mine, found = groups[rank::world], {}
@@ -290,7 +295,9 @@ def print_of(folder):
 
 @contextlib.contextmanager
 def reference(model, args, device):
-    """The model that log-ratios are taken to: the adapter switched off, or --ref (else --init) for as long as it is asked."""
+    """
+    The model that log-ratios are taken to: the adapter switched off, or --ref (else --init) for as long as it is asked.
+    """
     if model.adapter is not None and not args.ref:
         with lora.disabled(model):
             yield model
@@ -318,11 +325,13 @@ def judge_of(args, device):
 def sample_pairs(model, tokenizer, tasks, args, judge, seed):
     """
     Rows as read_preferences gives them, from the model's own answers: to each question --samples of them, and from the
-    different ones the best and the worst by the judge, or with noise (--judge_noise) as Bradley and Terry would draw it.
+    different ones the best and the worst by the judge, or with noise (--judge_noise) as Bradley and Terry would draw
+    it.
     """
     prompts = [data.question(tokenizer, task["prompt"], args.template) for task in tasks]
     rng, rows, end = random.Random(seed), [], chat_end(tokenizer, chat_format(tokenizer, args.template)[0])
-    answers = rollouts(model, prompts, args.samples, end, args.max_new_tokens, args.temperature, seed, args.rollout_batch)
+    answers = rollouts(model, prompts, args.samples, end, args.max_new_tokens, args.temperature, seed,
+                       args.rollout_batch)
     texts = [[data.answer_text(tokenizer, ids) for ids in group] for group in answers]
     flat = [(task, text) for task, group in zip(tasks, texts) for text in group]
     scores = judge([task for task, _ in flat], [text for _, text in flat])
@@ -334,11 +343,13 @@ def sample_pairs(model, tokenizer, tasks, args, judge, seed):
             (worst, low), (best, high) = scored[0], scored[-1]
             if args.judge_noise and rng.random() > 1 / (1 + math.exp(min(50, (low - high) / args.judge_noise))):
                 best, worst = worst, best
-            rows.append({"messages": [{"role": "user", "content": task["prompt"]}], "ranked": [best, worst], "tie": False,
+            rows.append({"messages": [{"role": "user", "content": task["prompt"]}], "ranked": [best, worst],
+                         "tie": False,
                          "margin": high - low})
     mean = sum(scores) / len(scores)
     if not rows:
-        raise BadInput(f"of {len(tasks)} questions none has answers that the judge tells apart (mean score {mean:.3f}): give "
+        raise BadInput(f"of {len(tasks)} questions none has answers that the judge tells apart (mean score "
+                       f"{mean:.3f}): give "
                        f"more --samples or questions (--limit), or start from a model that is sometimes right")
     return rows, mean
 
@@ -369,7 +380,9 @@ class Trainer:
         return same_count(data.micro_batches(groups, self.T, self.rows, self.share), self.sharded)
 
     def forward(self, groups, last, ask_prompt=False, entropy=False):
-        """ℓ of each response (n,), then of each prompt if asked; entropy, sum over tokens; p(end) at ends, summed; ends."""
+        """
+        ℓ of each response (n,), then of each prompt if asked; entropy, sum over tokens; p(end) at ends, summed; ends.
+        """
         steady = self.process.device.type == "cuda"
         packed = data.pack_branches(groups or [([0], [[0]])], self.T, self.share, ask_prompt, steady)
         idx, targets, positions, doc_ids, segments = to_tensors(packed, self.process.device)
@@ -450,7 +463,9 @@ class Trainer:
         self.sharded.eval()
         world, rank = self.process.dp_world, self.process.dp_rank
         mine = range(rank, len(examples), world)
-        kl = self.kl([mismatched[i] for i in mine]) if self.args.loss == "kto" else torch.zeros((), device=self.process.device)
+        kl = torch.zeros((), device=self.process.device)
+        if self.args.loss == "kto":
+            kl = self.kl([mismatched[i] for i in mine])
         parts = self.parts([(examples[i].prompt, examples[i].responses) for i in mine])
         totals, pairs = torch.zeros(len(SUMS) + 1, device=self.process.device), len(examples[0].responses) == 2
         for part in parts:
@@ -469,7 +484,8 @@ class Trainer:
         return figures(dict(zip(SUMS, totals)), len(examples), max(tokens, 1), self.args.sft_weight)
 
 
-SUMS = ("loss", "nll", "chosen", "rejected", "reward_chosen", "reward_rejected", "won", "preferred", "ratio", "responses",
+SUMS = ("loss", "nll", "chosen", "rejected", "reward_chosen", "reward_rejected", "won", "preferred", "ratio",
+        "responses",
         "liked", "disliked", "tokens", "p_end", "ends", "entropy")
 
 
@@ -489,9 +505,9 @@ def tally(b, loss, nll, stats, beta, pairs):
 
 def figures(s, count, tokens, sft_weight):
     """
-    What is logged, from sums over all ranks. reward_… is β log π/π_ref; accuracy the share of pairs where the chosen one's
-    is higher, preferred where its log π is (a draw counts half); kl is -mean log π/π_ref over the responses: KL(π_ref ‖ π)
-    where they are the reference's own samples.
+    What is logged, from sums over all ranks. reward_… is β log π/π_ref; accuracy the share of pairs where the chosen
+    one's is higher, preferred where its log π is (a draw counts half); kl is -mean log π/π_ref over the responses:
+    KL(π_ref ‖ π) where they are the reference's own samples.
     """
     pairs = s["responses"] > count
     good, bad, ends = max(s["liked"], 1), max(s["disliked"], 1), max(s["ends"], 1)
@@ -517,7 +533,9 @@ def batch_indices(n, batch, step, seed):
 
 
 def lr_share(step, steps, warmup, schedule):
-    """The step's share of the peak rate: up in a line over the warm-up's share of the steps, then down to 0, or constant."""
+    """
+    The step's share of the peak rate: up in a line over the warm-up's share of the steps, then down to 0, or constant.
+    """
     rise = max(1, warmup * steps)
     return min(1.0, (step + 1) / rise, 1.0 if schedule == "constant" else (steps - step) / max(1, steps - rise))
 
@@ -544,7 +562,9 @@ class Falling:
         self.window, self.values, self.told = max(1, window), [], False
 
     def sentence(self, logp_ratio):
-        """logp_ratio: mean of log π/π_ref of a batch's chosen responses. Three windows, each lower, the last below -0.5."""
+        """
+        logp_ratio: mean of log π/π_ref of a batch's chosen responses. Three windows, each lower, the last below -0.5.
+        """
         self.values.append(logp_ratio)
         if self.told or len(self.values) < 3 * self.window:
             return ""
@@ -552,7 +572,8 @@ class Falling:
         if not (a > b > c and c < -0.5):
             return ""
         self.told = True
-        return (f"the chosen responses' log-probability has fallen by {-c:.1f} nats below the reference's and keeps falling: "
+        return (f"the chosen responses' log-probability has fallen by {-c:.1f} nats below the reference's and keeps "
+                f"falling: "
                 f"the loss asks only for the difference to the rejected ones; --sft_weight 1 holds it up")
 
 
@@ -564,14 +585,16 @@ def get_args(argv=None):
     add = parser.add_argument
     add("command", nargs="?", default="train", choices=["train", *COMMANDS], help="table, frontier: see above")
     # run
-    add("--init", default="out/sft", help="policy to start from, and reference: a run, a Hugging Face folder or hub name")
+    add("--init", default="out/sft",
+        help="policy to start from, and reference: a run, a Hugging Face folder or hub name")
     add("--ref", help="another reference, of the same tokenizer (default: --init)")
     add("--out", default="out/dpo", help="run directory; a finished run already there is kept as OUT.old")
     add("--resume", action="store_true", help="go on from OUT/optim.pt, with its arguments unless given again")
     add("--seed", type=int, default=0, help="of samples and data order")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of activations")
-    add("--compile", default=None, action=argparse.BooleanOptionalAction, help="torch.compile the blocks (default: on CUDA)")
+    add("--compile", default=None, action=argparse.BooleanOptionalAction,
+        help="torch.compile the blocks (default: on CUDA)")
     # data
     add("--data", default="arithmetic", choices=["pairs", "hh", "prompts", *data.TASKS],
         help="pairs: --input FILE of preferences; hh: hh-rlhf; the others, and prompts (--input FILE with prompt and "
@@ -580,8 +603,8 @@ def get_args(argv=None):
     add("--limit", type=int, default=0, help="only so many training rows or questions; 0: all, of questions 1000")
     add("--val", type=int, default=0, help="held-out rows or questions (0: 512, at most a tenth of a file)")
     add("--template", help="chat template (default: the tokenizer's own)")
-    add("--block_size", type=int, default=0, help="tokens of a packed row, at least of a prompt and its response (0: the "
-        "model's, at most 2048)")
+    add("--block_size", type=int, default=0,
+        help="tokens of a packed row, at least of a prompt and its response (0: the model's, at most 2048)")
     add("--max_response", type=int, default=0, help="tokens of a response; the rest is cut; 0: what fits")
     # samples
     add("--judge", default="check", help="of the model's own answers: check, or reward=DIR")
@@ -591,15 +614,17 @@ def get_args(argv=None):
     add("--max_new_tokens", type=int, default=16, help="of a sample")
     add("--rollout_batch", type=int, default=512, help="samples at once")
     add("--rounds", type=int, default=1, help="times that pairs are sampled from the present policy and trained on")
-    add("--round_ref", default="first", choices=["first", "last"], help="reference of a later round: --init, or the policy "
-        "that the round began with")
-    add("--check", default="auto", help="questions asked before and after: arithmetic, FILE.jsonl, or none (default: as --data)")
+    add("--round_ref", default="first", choices=["first", "last"],
+        help="reference of a later round: --init, or the policy that the round began with")
+    add("--check", default="auto",
+        help="questions asked before and after: arithmetic, FILE.jsonl, or none (default: as --data)")
     # loss
     add("--loss", default="dpo", choices=list(METHODS))
     add("--beta", type=float, help="β, of IPO τ, of ORPO λ (default: 0.1, simpo 2)")
     add("--label_smoothing", type=float, help="ε (default: cdpo and robust 0.1, others 0)")
-    add("--sft_weight", type=float, help="of the chosen responses' negative log-likelihood a token (default: cpo, orpo 1; "
-        "the default data 1; others 0)")
+    add("--sft_weight", type=float,
+        help="of the chosen responses' negative log-likelihood a token (default: cpo, orpo 1; the default data 1; "
+             "others 0)")
     add("--gamma", type=float, default=0.5, help="SimPO's margin")
     add("--ipo_normalize", default="mean", choices=["mean", "sum"], help="of the log-ratios over a response's tokens")
     add("--length_normalize", action="store_true", help="log-ratios per token in every loss with a reference")
@@ -648,11 +673,13 @@ def check_args(args):
     if args.beta <= 0:
         raise BadInput(f"--beta {args.beta:g} must be positive: 0.1 is usual")
     if not 0 <= args.label_smoothing < 0.5:
-        raise BadInput(f"--label_smoothing {args.label_smoothing:g} is the chance of a wrong label: 0 or more, below 0.5")
+        raise BadInput(f"--label_smoothing {args.label_smoothing:g} is the chance of a wrong label: 0 or more, below "
+                       f"0.5")
     if args.data in ("pairs", "prompts") and not args.input:
         raise BadInput(f"--data {args.data} needs --input FILE.jsonl")
     if args.data in ("pairs", "hh") and args.rounds > 1:
-        raise BadInput(f"--rounds {args.rounds} samples answers to questions, which --data {args.data} does not have: use "
+        raise BadInput(f"--rounds {args.rounds} samples answers to questions, which --data {args.data} does not have: "
+                       f"use "
                        f"--data prompts --input FILE")
     for name in ("batch", "rounds", "samples", "max_new_tokens", "rollout_batch"):
         if getattr(args, name) < 1:
@@ -666,14 +693,16 @@ def load_state(out):
     except FileNotFoundError:
         raise BadInput(f"--resume: there is no {Path(out) / 'optim.pt'}; start without --resume") from None
     except Exception as error:  # pickle, zip and torch each have their own
-        raise BadInput(f"{Path(out) / 'optim.pt'} is damaged ({type(error).__name__}): start without --resume") from None
+        raise BadInput(f"{Path(out) / 'optim.pt'} is damaged ({type(error).__name__}): start without "
+                       f"--resume") from None
 
 
 def load_policy(args, process):
     """The model with its adapter, its tokenizer, and whether activations are bf16."""
     tokenizer = Tokenizer.from_pretrained(args.init)
     if args.ref and Tokenizer.from_pretrained(args.ref).spec() != tokenizer.spec():
-        raise BadInput(f"--ref {args.ref} has another tokenizer than --init {args.init}: log-probabilities of different "
+        raise BadInput(f"--ref {args.ref} has another tokenizer than --init {args.init}: log-probabilities of "
+                       f"different "
                        f"tokens do not compare; give a reference of the same one")
     chat_end(tokenizer, chat_format(tokenizer, args.template)[0])
     model = lora.plain(args.init)
@@ -708,15 +737,17 @@ def split_rows(args):
 
 def check_task(model, tokenizer, tasks, args, device, refers=None):
     """
-    Answers to held-out questions: accuracy greedy and sampled, share that end by themselves, and KL(π ‖ π_ref) = mean of
-    log π/π_ref over the samples, in nats a response, with the reference `refers`.
+    Answers to held-out questions: accuracy greedy and sampled, share that end by themselves, and KL(π ‖ π_ref) = mean
+    of log π/π_ref over the samples, in nats a response, with the reference `refers`.
     """
     end = chat_end(tokenizer, chat_format(tokenizer, args.template)[0])
     prompts = [data.question(tokenizer, task["prompt"], args.template) for task in tasks]
     found = {}
     for name, temperature in (("accuracy", 0.0), ("accuracy_sampled", 1.0)):
-        answers = [a for a, in rollouts(model, prompts, 1, end, args.max_new_tokens, temperature, 977, args.rollout_batch)]
-        found[name] = sum(data.is_right(data.answer_text(tokenizer, a), t["answer"]) for a, t in zip(answers, tasks)) / len(tasks)
+        answers = [a for a, in rollouts(model, prompts, 1, end, args.max_new_tokens, temperature, 977,
+                                        args.rollout_batch)]
+        texts = [data.answer_text(tokenizer, a) for a in answers]
+        found[name] = sum(data.is_right(text, t["answer"]) for text, t in zip(texts, tasks)) / len(tasks)
     found["ended"] = sum(a[-1] == end for a in answers) / len(answers)
     groups = [(p, [a]) for p, a in zip(prompts, answers)]
     T, share = min(args.block_size or 2048, model.config.block_size), shares_prompts(model.config)
@@ -724,8 +755,8 @@ def check_task(model, tokenizer, tasks, args, device, refers=None):
     with refers(model) as ref:
         base = sums_of(ref, groups, T, args.micro_batch, share)
     found["kl"] = sum(p - r for (p,), (r,) in zip(policy, base)) / len(groups)
-    example = next((i for i, a in enumerate(answers) if not data.is_right(data.answer_text(tokenizer, a), tasks[i]["answer"])), 0)
-    found["sample"] = f"{tasks[example]['prompt']} {data.answer_text(tokenizer, answers[example])!r}"
+    wrong = next((i for i, t in enumerate(tasks) if not data.is_right(texts[i], t["answer"])), 0)
+    found["sample"] = f"{tasks[wrong]['prompt']} {texts[wrong]!r}"
     return found
 
 
@@ -770,7 +801,8 @@ def main():
         asked = data.read_tasks(check, "val", args.val or 512, args.input if check == "prompts" else check)
     before = check_task(look(), tokenizer, asked, args, device, refers) if asked else {}
     if before:
-        say("before: " + "  ".join(f"{k} {v:.4f}" for k, v in before.items() if k != "sample") + f"   {before['sample']}")
+        say("before: " + "  ".join(f"{k} {v:.4f}" for k, v in before.items() if k != "sample"))
+        say(f"    {before['sample']}")
 
     step, metrics, log = 0, {}, None
     if main_process:
@@ -808,10 +840,12 @@ def main():
                 if main_process:
                     begun = time.time()
                     for file, split, n in zip(files, ("train", "val"), (args.limit or 1000, args.val or 512)):
-                        tasks = data.read_tasks(args.data, split, n * (split == "train") + (n // 2) * (split == "val"), args.input)
+                        tasks = data.read_tasks(args.data, split, n * (split == "train") + (n // 2) * (split == "val"),
+                                                args.input)
                         rows, mean = sample_pairs(look(), tokenizer, tasks, args, judge, args.seed + 1000 * round)
                         write_pairs(file, rows)
-                        say(f"round {round}, {split}: {len(rows)} pairs from {args.samples} answers to each of {len(tasks)} "
+                        say(f"round {round}, {split}: {len(rows)} pairs from {args.samples} answers to each of "
+                            f"{len(tasks)} "
                             f"questions, mean score {mean:.3f}, in {time.time() - begun:.0f} s")
                 else:
                     look()
@@ -831,7 +865,7 @@ def main():
             def compute():
                 with contextlib.nullcontext(look()) if args.round_ref == "last" and round else refers(model) as ref:
                     return sums_of(ref, groups, T, args.micro_batch, share, process.dp_world, process.dp_rank)
-            where = out / "reference" if round and args.round_ref == "last" else out.parent / "reference"  # it is this run's
+            where = out / "reference" if round and args.round_ref == "last" else out.parent / "reference"
             found, hit = cached(where, [key, groups], compute)
             say(f"reference: {len(groups)} prompts, " + ("from the cache" if hit else "computed"))
             return found
@@ -856,7 +890,8 @@ def main():
             for group in trainer.optimizer.param_groups:
                 group["lr"] = args.lr * lr_share(local_step, steps, args.warmup, args.schedule)
             begun = time.time()
-            mine = batch_indices(len(examples), args.batch, local_step, args.seed + round)[process.dp_rank::process.dp_world]
+            mine = batch_indices(len(examples), args.batch, local_step, args.seed
+                                 + round)[process.dp_rank::process.dp_world]
             if not mine:
                 raise BadInput(f"{len(examples)} examples are too few for {process.dp_world} processes")
             logged = (local_step + 1) % args.log_every == 0 or local_step in (0, steps - 1)
@@ -865,7 +900,8 @@ def main():
                 raise BadInput(f"the loss is {line['loss']} at step {step + 1}: lower --lr; {out} keeps its last save")
             step += 1
             seconds = time.time() - begun
-            tokens = sum(len(examples[i].prompt) + sum(map(len, examples[i].responses)) for i in mine) * process.dp_world
+            tokens = sum(len(examples[i].prompt) + sum(map(len, examples[i].responses))
+                         for i in mine) * process.dp_world
             if local_step:
                 tokens_seen, busy = tokens_seen + tokens, busy + seconds
             line = {"step": step, "round": round, "lr": group["lr"]} | line | {"tokens_per_s": int(tokens / seconds)}
@@ -873,7 +909,8 @@ def main():
                 log.write(json.dumps({k: v if isinstance(v, int) else round_to(v) for k, v in line.items()}) + "\n")
             if logged:
                 say(f"step {step}/{done + steps}  loss {line['loss']:.4f}  reward {line['reward_chosen']:+.3f} "
-                    f"{line['reward_rejected']:+.3f}" + (f"  accuracy {line['accuracy']:.2f}" if "accuracy" in line else "")
+                    f"{line['reward_rejected']:+.3f}" + (f"  accuracy {line['accuracy']:.2f}" if "accuracy" in line
+                                                         else "")
                     + f"  logp {line['logp_chosen']:.2f} {line['logp_rejected']:.2f}  kl {line['kl']:.3f}  length "
                     f"{line['length']:.1f}  entropy {line['entropy']:.3f}  p(end) {line['p_eos']:.3f}  norm "
                     f"{line['grad_norm']:.2f}  {line['tokens_per_s']:,} tok/s", flush=True)
@@ -888,11 +925,12 @@ def main():
         last = trainer.evaluate(val, val_refs, val_wrong)
 
     # before and after
-    metrics = {f"val_{k}": v for k, v in last.items() if k in ("loss", "margin", "logp_chosen", "logp_rejected", "preferred")}
+    kept = ("loss", "margin", "logp_chosen", "logp_rejected", "preferred")
+    metrics = {f"val_{k}": last[k] for k in kept if k in last}
     metrics |= {"preference_accuracy": last["accuracy"]} if "accuracy" in last else {}
     after = check_task(look(), tokenizer, asked, args, device, refers) if asked else {}
-    rows = [(f"held-out {k}", first.get(k), last.get(k)) for k in ("accuracy", "preferred", "margin", "logp_chosen",
-                                                                   "logp_rejected")] if not args.resume else []
+    shown = ("accuracy", "preferred", "margin", "logp_chosen", "logp_rejected")
+    rows = [] if args.resume else [(f"held-out {k}", first.get(k), last.get(k)) for k in shown]
     rows += [(k, before[k], after[k]) for k in after if k != "sample"]
     say(f"{'':24}{'before':>10}{'after':>10}")
     for name, a, b in rows:
@@ -917,11 +955,13 @@ def main():
 def table(args):
     """Every method from one base: rate and β chosen on seed 0 by accuracy of the samples, then mean ± sd over seeds."""
     out = Path(args.out)
-    shared = ["--init", args.init, "--data", args.data, "--epochs", args.epochs, "--limit", args.limit, "--device", args.device,
-              "--max_new_tokens", args.max_new_tokens, "--samples", args.samples] + ["--input", args.input] * bool(args.input)
+    shared = ["--init", args.init, "--data", args.data, "--epochs", args.epochs, "--limit", args.limit,
+              "--device", args.device, "--max_new_tokens", args.max_new_tokens, "--samples", args.samples]
+    shared += ["--input", args.input] if args.input else []
     rows = {"SFT on chosen": ["--loss", "sft"], "DPO": ["--loss", "dpo", "--sft_weight", 0],
             "DPO + SFT": ["--loss", "dpo", "--sft_weight", 1]}
-    rows |= {name: ["--loss", name.lower()] for name in ("cDPO", "robust", "IPO", "hinge", "SimPO", "CPO", "ORPO", "KTO")}
+    rows |= {name: ["--loss", name.lower()] for name in ("cDPO", "robust", "IPO", "hinge", "SimPO", "CPO", "ORPO",
+                                                         "KTO")}
 
     def many(runs):
         """{name: metrics} of {name: flags}, --jobs at a time."""
@@ -935,7 +975,8 @@ def table(args):
             for name, process in list(running.items()):
                 if process.poll() is not None:
                     if running.pop(name).returncode:
-                        raise BadInput(f"the run {name} failed: start it alone to see why ({' '.join(map(str, runs[name]))})")
+                        raise BadInput(f"the run {name} failed: start it alone to see why "
+                                       f"({' '.join(map(str, runs[name]))})")
                     print(f"{name} is done", file=sys.stderr, flush=True)
             time.sleep(0.2)
         return {name: json.loads((out / name / "run.json").read_text())["metrics"] for name in runs}
@@ -947,7 +988,8 @@ def table(args):
             beta = METHODS[flags[1]].beta * float(scale) / 0.1
             grid[f"{name.replace(' ', '')}-{lr}-{beta:g}"] = (name, [*flags, "--lr", lr, "--beta", beta])
     tried = many({run: flags for run, (_, flags) in grid.items()})
-    best = {name: max((r for r in grid if grid[r][0] == name), key=lambda r: tried[r]["accuracy_sampled"]) for name in rows}
+    best = {name: max((r for r in grid if grid[r][0] == name), key=lambda r: tried[r]["accuracy_sampled"])
+            for name in rows}
     runs = {best[name] if seed == 0 else f"{best[name]}-{seed}": (name, [*grid[best[name]][1], "--seed", seed])
             for name in rows for seed in range(args.seeds)}
     found = many({run: flags for run, (_, flags) in runs.items()})
@@ -959,7 +1001,8 @@ def table(args):
             values = np.array([m.get(column, math.nan) for run, m in found.items() if runs[run][0] == name])
             cells.append(f"{values.mean():.3f} ± {values.std(ddof=1) if len(values) > 1 else 0:.3f}")
         flags = grid[best[name]][1]
-        print(f"| {name} | {flags[flags.index('--lr') + 1]}, {flags[flags.index('--beta') + 1]:g} | " + " | ".join(cells) + " |")
+        lr, beta = (flags[flags.index(flag) + 1] for flag in ("--lr", "--beta"))
+        print(f"| {name} | {lr}, {beta:g} | " + " | ".join(cells) + " |")
 
 
 def tabular(world, loss, steps=400, lr=0.08):
@@ -977,25 +1020,29 @@ def tabular(world, loss, steps=400, lr=0.08):
 
 def frontier(args):
     """
-    Reward over KL(π ‖ π_ref) in the world of 64 answers: the formula's curve; DPO on all pairs, which must lie on it, and
-    on 300 sampled pairs, which cannot; IPO; best-of-n. Writes OUT.svg and OUT.json.
+    Reward over KL(π ‖ π_ref) in the world of 64 answers: the formula's curve; DPO on all pairs, which must lie on it,
+    and on 300 sampled pairs, which cannot; IPO; best-of-n. Writes OUT.svg and OUT.json.
     """
     world = tastes.world(args.seed)
     ref, r = torch.from_numpy(world.ref()), torch.from_numpy(world.reward)
     weight = (ref[:, None] + ref).exp() * torch.sigmoid(r[:, None] - r)  # of the pair (chosen, rejected)
-    drawn = torch.multinomial(weight.flatten(), 300, replacement=True, generator=torch.Generator().manual_seed(args.seed))
+    drawn = torch.multinomial(weight.flatten(), 300, replacement=True,
+                              generator=torch.Generator().manual_seed(args.seed))
     torch.set_num_threads(1)
     point = lambda p: (round((p.exp() * (p - ref)).sum().item(), 4), round((p.exp() * r).sum().item(), 4))
     curves = {"optimum": [point(torch.from_numpy(world.optimum(beta)[0])) for beta in np.geomspace(0.15, 8, 60)]}
     sweep = [0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0]
-    curves["DPO, all pairs"] = [point(tabular(world, lambda p: (weight * dpo_loss(p[:, None], p, ref[:, None], ref, b)).sum()))
-                                for b in sweep]
+    every = lambda b: lambda p: (weight * dpo_loss(p[:, None], p, ref[:, None], ref, b)).sum()
+    curves["DPO, all pairs"] = [point(tabular(world, every(b))) for b in sweep]
     a, c = drawn // 64, drawn % 64
-    curves["DPO, 300 pairs"] = [point(tabular(world, lambda p: dpo_loss(p[a], p[c], ref[a], ref[c], b).mean())) for b in sweep]
-    curves["IPO, 300 pairs"] = [point(tabular(world, lambda p: ipo_loss(p[a], p[c], ref[a], ref[c], b).mean())) for b in sweep]
+    curves["DPO, 300 pairs"] = [point(tabular(world, lambda p: dpo_loss(p[a], p[c], ref[a], ref[c], b).mean()))
+                                for b in sweep]
+    curves["IPO, 300 pairs"] = [point(tabular(world, lambda p: ipo_loss(p[a], p[c], ref[a], ref[c], b).mean()))
+                                for b in sweep]
     curves["best of n"] = [point(torch.from_numpy(tastes.best_of(world, n))) for n in (1, 2, 4, 8, 16, 32, 64)]
     out = Path(args.out)
-    tastes.plot(out.with_suffix(".svg"), curves, "KL from the reference, nats", "reward", lines=["optimum", "best of n"])
+    tastes.plot(out.with_suffix(".svg"), curves, "KL from the reference, nats", "reward",
+                lines=["optimum", "best of n"])
     with replace_file(out.with_suffix(".json"), "w") as f:
         json.dump(curves, f)
     for name, points in curves.items():

@@ -3,15 +3,17 @@ Reinforcement learning from human feedback, or from any function that scores an 
 
     max_π  E_{y ~ π(·|x)} [r(x, y)] - β KL(π(·|x) ‖ π_ref(·|x)),       π* ∝ π_ref e^{r/β}
 
---stage rm trains the reward r on comparisons, -log σ(r(x, y_w) - r(x, y_l)) (Bradley & Terry; Ouyang et al. 2022, eq. 1);
---stage rl the policy, by PPO with a critic (Schulman et al. 2017) or one of the methods without: GRPO (Shao et al. 2024),
-Dr. GRPO (Liu et al. 2025), DAPO (Yu et al. 2025), GSPO (Zheng et al. 2025), CISPO (MiniMax 2025), RLOO (Ahmadian et al.
+--stage rm trains the reward r on comparisons, -log σ(r(x, y_w) - r(x, y_l)) (Bradley & Terry; Ouyang et al. 2022, eq.
+1); --stage rl the policy, by PPO with a critic (Schulman et al. 2017) or one of the methods without: GRPO (Shao et al.
+2024), Dr. GRPO (Liu et al. 2025), DAPO (Yu et al. 2025), GSPO (Zheng et al. 2025), CISPO (MiniMax 2025), RLOO (Ahmadian
+et al.
 2024), REINFORCE, rejection sampling with SFT (RAFT, Dong et al. 2023; LLaMA-2), or by nothing but best of n.
 
-    python rlhf.py                                           # sums of two digits: trains its start, then PPO, in minutes
-    python rlhf.py --task arithmetic --algo grpo             # out/sft answers "993-7=?" better; what it knows is asked too
+    python rlhf.py                                           # sums of two digits: trains its start, then PPO
+    python rlhf.py --task arithmetic --algo grpo             # out/sft answers "993-7=?"; what it knows is asked too
     python rlhf.py --stage rm --task tastes; python rlhf.py --task tastes --reward reward=out/rm
-    torchrun --nproc_per_node 8 rlhf.py --algo grpo --task gsm8k --init HuggingFaceTB/SmolLM2-135M-Instruct --parallel fsdp
+    torchrun --nproc_per_node 8 rlhf.py --algo grpo --task gsm8k --init HuggingFaceTB/SmolLM2-135M-Instruct --parallel
+    fsdp
     python rlhf.py table --seeds 3; python rlhf.py overoptimize                       # the README's table and plot
 
 What a trustworthy implementation does, each with its test in tests/test_rlhf.py:
@@ -30,7 +32,7 @@ What a trustworthy implementation does, each with its test in tests/test_rlhf.py
 12. log-ratios are bounded before the exponential                                                  test_ppo_losses
 13. groups with equal scores have no gradient, and no NaN                                          test_equal_rewards
 14. the deviation's convention (unbiased, biased, none; ε) is a flag                               test_group_advantages
-15. a batch in pieces, padded, or over ranks has the gradient of the whole                         test_pieces, test_two_processes
+15. a batch in pieces, padded, or over ranks has the gradient of the whole                         test_pieces, test_two
 16. the adaptive price follows its target, at most 20 % a step                                     test_adaptive_kl
 17. a stop where the policy has moved too far                                                      test_early_stop
 18. dropout off, Adam's ε 1e-5, gradient clipped, rate to 0                                        test_settings
@@ -60,8 +62,8 @@ import lora
 from bpe import BadInput, Tokenizer, chat_end, chat_format, cli, replace_file
 from data import addition, tastes
 from model import (GPT, GPTConfig, PARALLEL, RewardModel, adamw_groups, add_up, all_reduce, build_model, by_response,
-                   gather_into, init_weights, kv_cache_bytes, peak_memory, rollouts, same_count, save_run, setup_process, shard,
-                   shares_prompts, step_forward, token_logprobs)
+                   gather_into, init_weights, kv_cache_bytes, peak_memory, rollouts, same_count, save_run,
+                   setup_process, shard, shares_prompts, step_forward, token_logprobs)
 
 # -----------------------------------------------------------------------------
 # Rewards. (N,) a score for each answer; (N, T) tokens of answers, mask (N, T) 1 on them and 0 behind
@@ -69,8 +71,8 @@ from model import (GPT, GPTConfig, PARALLEL, RewardModel, adamw_groups, add_up, 
 
 def bradley_terry_loss(chosen, rejected, margin=0.0, center=0.0):
     """
-    -log σ(r_w - r_l - m) + c (r_w + r_l)² of scores (B,), (B,). m: how much better (LLaMA-2, Touvron et al. 2023, eq. 2);
-    c: holds the scores' mean at 0 (Eisenstein et al. 2023; 0.01 is usual).
+    -log σ(r_w - r_l - m) + c (r_w + r_l)² of scores (B,), (B,). m: how much better (LLaMA-2, Touvron et al. 2023, eq.
+    2); c: holds the scores' mean at 0 (Eisenstein et al. 2023; 0.01 is usual).
     """
     return -F.logsigmoid(chosen - rejected - margin) + center * (chosen + rejected).square()
 
@@ -83,8 +85,8 @@ def ranking_loss(scores, margin=0.0, center=0.0):
 
 def combine_rewards(helpful, safe, threshold=0.15):
     """
-    LLaMA-2's one score out of two models' (N,), (N,): the safety score where its probability is below the threshold, else
-    the helpful one; both as logits, then whitened over the batch (Touvron et al. 2023, 3.2.2).
+    LLaMA-2's one score out of two models' (N,), (N,): the safety score where its probability is below the threshold,
+    else the helpful one; both as logits, then whitened over the batch (Touvron et al. 2023, 3.2.2).
     """
     mixed = torch.where(safe.sigmoid() < threshold, safe, helpful)
     return whiten(mixed, torch.ones_like(mixed))
@@ -96,7 +98,9 @@ def punish_missing_end(scores, ended, how, penalty):
 
 
 def overlong_penalty(lengths, most, soft):
-    """DAPO's (Yu et al. 2025, eq. 13): 0 up to most - soft tokens, then falling in a line to -1 at most. lengths (N,)."""
+    """
+    DAPO's (Yu et al. 2025, eq. 13): 0 up to most - soft tokens, then falling in a line to -1 at most. lengths (N,).
+    """
     return -((lengths - (most - soft)) / max(soft, 1)).clamp(0, 1)
 
 
@@ -148,9 +152,9 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 def group_advantages(scores, size, baseline="mean", std="unbiased", eps=1e-4):
     """
-    Scores (N,), groups of `size` answers in a row -> advantages (N,): r - mean of the group (baseline "mean"), of the others
-    of the group ("loo", Kool et al. 2019), of the batch ("batch"), or r itself ("none"); divided by the group's deviation
-    + ε, "unbiased" (n - 1), "biased" (n), or not ("none").
+    Scores (N,), groups of `size` answers in a row -> advantages (N,): r - mean of the group (baseline "mean"), of the
+    others of the group ("loo", Kool et al. 2019), of the batch ("batch"), or r itself ("none"); divided by the group's
+    deviation + ε, "unbiased" (n - 1), "biased" (n), or not ("none").
     """
     groups = scores.view(-1, size)
     if baseline == "loo":
@@ -164,8 +168,9 @@ def group_advantages(scores, size, baseline="mean", std="unbiased", eps=1e-4):
 
 def kl_estimate(logp, ref, kind):
     """
-    KL(π ‖ π_ref) from tokens that π drew, (…): k1 = log π/π_ref, k2 = (log π/π_ref)² / 2, k3 = π_ref/π - 1 + log π/π_ref
-    (Schulman 2020). k1 and k3 have the right mean, k3 is never negative; as a loss only k2's gradient is the KL's.
+    KL(π ‖ π_ref) from tokens that π drew, (…): k1 = log π/π_ref, k2 = (log π/π_ref)² / 2, k3 = π_ref/π - 1 + log
+    π/π_ref (Schulman 2020). k1 and k3 have the right mean, k3 is never negative; as a loss only k2's gradient is the
+    KL's.
     """
     d = logp - ref
     return {"k1": d, "k2": d.square() / 2, "k3": (-d).clamp(max=20).exp() - 1 + d}[kind]
@@ -177,8 +182,8 @@ def kl_estimate(logp, ref, kind):
 
 def ratios(logp, old, mask, level="token"):
     """
-    π/π_old (N, T), log-ratios bounded to ±20: of each token; of the whole answer ("sequence", RLOO); or its geometric mean
-    over the tokens ("mean", GSPO, Zheng et al. 2025, eq. 7), whose gradient is spread over them.
+    π/π_old (N, T), log-ratios bounded to ±20: of each token; of the whole answer ("sequence", RLOO); or its geometric
+    mean over the tokens ("mean", GSPO, Zheng et al. 2025, eq. 7), whose gradient is spread over them.
     """
     d = (logp - old) * mask
     if level == "sequence":
@@ -190,8 +195,8 @@ def ratios(logp, old, mask, level="token"):
 
 def ppo_policy_loss(logp, old, advantages, mask, clip=0.2, clip_high=None, dual_clip=0.0, level="token"):
     """
-    max(-A ρ, -A clip(ρ, 1 - ε, 1 + ε_high)) of each token, (N, T) (Schulman et al. 2017, eq. 7); dual_clip c bounds it by
-    -c A where A < 0 (Ye et al. 2020).
+    max(-A ρ, -A clip(ρ, 1 - ε, 1 + ε_high)) of each token, (N, T) (Schulman et al. 2017, eq. 7); dual_clip c bounds it
+    by -c A where A < 0 (Ye et al. 2020).
     """
     rho = ratios(logp, old, mask, level)
     bounded = rho.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
@@ -214,7 +219,8 @@ def ppo_value_loss(values, old_values, returns, mask, clip=0.2):
 
 def token_weights(mask, how, longest, tokens, answers):
     """
-    What each token's loss is multiplied with, (N, T), so that a sum over all micro-batches and ranks is the batch's mean:
+    What each token's loss is multiplied with, (N, T), so that a sum over all micro-batches and ranks is the batch's
+    mean:
         sequence   1 / (answers · |y|)          GRPO: mean over answers of their tokens' mean
         token      1 / tokens                   PPO, DAPO: mean over all tokens
         constant   1 / (answers · longest)      Dr. GRPO: no length in it
@@ -229,9 +235,9 @@ def token_weights(mask, how, longest, tokens, answers):
 def grpo_loss(logp, old, advantages, mask, how="sequence", clip=0.2, clip_high=None, level="token", longest=1, ref=None,
               beta=0.0, kl="k3", kl_ratio=False, cispo=False, dual_clip=0.0, count=None):
     """
-    The loss of the methods without a critic, a scalar: weights (see token_weights) · (clipped policy loss + β KL), where
-    advantages (N,) are one an answer and kl_ratio multiplies the KL by the ratio, as trl does. count: (tokens, answers) of
-    the whole batch, where this is a part of it.
+    The loss of the methods without a critic, a scalar: weights (see token_weights) · (clipped policy loss + β KL),
+    where advantages (N,) are one an answer and kl_ratio multiplies the KL by the ratio, as trl does. count: (tokens,
+    answers) of the whole batch, where this is a part of it.
     """
     tokens, answers = (mask.sum(), len(mask)) if count is None else count
     weights = token_weights(mask, how, longest, tokens, answers)
@@ -298,7 +304,8 @@ def ask_human(prompts, responses):
             except ValueError:
                 print("a number, please, such as 1 or -0.5")
             except EOFError:
-                raise BadInput("--reward human asks at the terminal, which has no more input: choose another --reward") from None
+                raise BadInput("--reward human asks at the terminal, which has no more input: choose another "
+                               "--reward") from None
     return scores
 
 
@@ -332,7 +339,8 @@ def reward_function(spec, tasks, device):
         module.loader.exec_module(code)
         if callable(getattr(code, name, None)):
             return getattr(code, name)
-    raise BadInput(f"--reward {spec} is unknown: use check, taste, human, rule=REGEX, reward=DIR, helpful=DIR,safe=DIR, or "
+    raise BadInput(f"--reward {spec} is unknown: use check, taste, human, rule=REGEX, reward=DIR, "
+                   f"helpful=DIR,safe=DIR, or "
                    f"FILE.py:FUNCTION")
 
 
@@ -343,13 +351,16 @@ def score(reward_fn, prompts, responses):
     except BadInput:
         raise
     except Exception as error:  # whatever the user's own function may raise
-        raise BadInput(f"the reward function raised {type(error).__name__}: {error}; it gets a list of prompts and a list of "
+        raise BadInput(f"the reward function raised {type(error).__name__}: {error}; it gets a list of prompts and a "
+                       f"list of "
                        f"answers and returns a list of numbers") from None
     if len(scores) != len(responses):
-        raise BadInput(f"the reward function returned {len(scores)} scores for {len(responses)} answers: it must return one each")
+        raise BadInput(f"the reward function returned {len(scores)} scores for {len(responses)} answers: it must "
+                       f"return one each")
     bad = (~scores.isfinite()).nonzero()
     if len(bad):
-        raise BadInput(f"the reward function returned {scores[bad[0]].item()} for the answer {responses[bad[0].item()]!r}: a "
+        raise BadInput(f"the reward function returned {scores[bad[0]].item()} for the answer "
+                       f"{responses[bad[0].item()]!r}: a "
                        f"score must be a finite number")
     return scores
 
@@ -374,8 +385,8 @@ def load(init, args, process):
 
 def with_scalar_head(model, seed=0, scale=None):
     """
-    The same model with a Linear C → 1 on its last hidden states, N(0, 1/√(C+1)) for a reward model (scale None), zero for
-    a critic (scale 0). The language head takes no gradient then: nothing asks it.
+    The same model with a Linear C → 1 on its last hidden states, N(0, 1/√(C+1)) for a reward model (scale None), zero
+    for a critic (scale 0). The language head takes no gradient then: nothing asks it.
     """
     if model.config.scalar_head:
         return model
@@ -400,13 +411,17 @@ def optimizer_of(sharded, lr, args):
 
 
 def memory_table(models, rows, say):
-    """models: name -> (model, trained?, shared with another?). Bytes of weights, gradients and Adam's moments, of the cache."""
+    """
+    models: name -> (model, trained?, shared with another?). Bytes of weights, gradients and Adam's moments, of the
+    cache.
+    """
     say(f"{'memory':12}{'parameters':>14}{'weights':>10}{'gradients':>11}{'moments':>10}   MB")
     for name, (model, trained, shared) in models.items():
-        n = sum(p.numel() * p.element_size() for p in model.parameters())
+        count = sum(p.numel() for p in model.parameters())
+        held = 0 if shared else sum(p.numel() * p.element_size() for p in model.parameters())
         grown = sum(p.numel() for p in model.parameters() if p.requires_grad) * 4 if trained else 0
-        say(f"{name:12}{sum(p.numel() for p in model.parameters()):14,}{0 if shared else n / 1e6:10.1f}{grown / 1e6:11.1f}"
-            f"{2 * grown / 1e6:10.1f}" + ("   the actor's" if shared else ""))
+        say(f"{name:12}{count:14,}{held / 1e6:10.1f}{grown / 1e6:11.1f}{2 * grown / 1e6:10.1f}"
+            + ("   the actor's" if shared else ""))
     for name, size in rows.items():
         say(f"{name:12}{'':14}{size / 1e6:10.1f}")
 
@@ -417,8 +432,9 @@ def memory_table(models, rows, say):
 
 def train_start(args, device, say):
     """
-    A character model of 0.23M parameters that answers a task's questions not quite well: SFT, stopped where --stop of its
-    samples are right (tastes: after --start_steps). Kept in OUT/../start-TASK-…, once for all runs. Returns the folder.
+    A character model of 0.23M parameters that answers a task's questions not quite well: SFT, stopped where --stop of
+    its samples are right (tastes: after --start_steps). Kept in OUT/../start-TASK-…, once for all runs. Returns the
+    folder.
     """
     module = {"addition": addition, "tastes": tastes}[args.task]
     noise = f"-noise{args.teacher_noise:g}" if args.teacher_noise else ""
@@ -448,17 +464,20 @@ def train_start(args, device, say):
     for step in range(args.start_steps):
         rows = torch.from_numpy(order.integers(0, len(x), 128)).to(device)
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 if args.task == "addition" else 1 - step / args.start_steps)
+            share = 1 if args.task == "addition" else 1 - step / args.start_steps
+            group["lr"] = 2e-3 * min(1, (step + 1) / 20) * share
         optimizer.zero_grad()
         loss = model(x[rows], y[rows])[1]
         loss.backward()
         optimizer.step()
         if args.task == "addition" and step % 10 == 9 and step >= 200:
             found = rollouts(model, prompts, 1, end, 6, 1.0, seed=step, batch=500)
-            accuracy = sum(data.is_right(data.answer_text(tokenizer, a), r["answer"]) for (a,), r in zip(found, asked)) / 500
+            texts = [data.answer_text(tokenizer, ids) for ids, in found]
+            accuracy = sum(data.is_right(text, r["answer"]) for text, r in zip(texts, asked)) / 500
             if accuracy >= args.stop:
                 break
-    metrics = {"train_loss": round(loss.item(), 5), "accuracy_sampled": accuracy, "seconds": round(time.time() - begun, 1)}
+    metrics = {"train_loss": round(loss.item(), 5), "accuracy_sampled": accuracy,
+               "seconds": round(time.time() - begun, 1)}
     save_run(folder, model, {"stage": "start", "step": step + 1, "metrics": metrics, "args": vars(args), "tokenizer":
                              tokenizer.spec()})
     tokenizer.save(folder)
@@ -472,7 +491,9 @@ def train_start(args, device, say):
 
 
 def calibration_error(p, bins=10):
-    """Mean |confidence - accuracy| over bins of confidence max(p, 1 - p); p (B,): chance given to what was preferred."""
+    """
+    Mean |confidence - accuracy| over bins of confidence max(p, 1 - p); p (B,): chance given to what was preferred.
+    """
     confidence, right = torch.maximum(p, 1 - p), (p > 0.5).float()
     which = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     total = 0.0
@@ -494,7 +515,8 @@ def comparisons(args, tokenizer, device, say):
         return rows[n:][:args.pairs], rows[:n], None
     if args.task != "tastes":
         raise BadInput(f"--stage rm needs comparisons: --task pairs --input FILE, hh, or tastes; {args.task} has none")
-    model, end, rng = lora.plain(args.init, device), chat_end(tokenizer, chat_format(tokenizer)[0]), random.Random(args.seed)
+    model, rng = lora.plain(args.init, device), random.Random(args.seed)
+    end = chat_end(tokenizer, chat_format(tokenizer)[0])
     found, best, sure = [], 0, 0.0
     held = max(200, args.pairs // 5)
     tasks = list(tastes.problems("train", args.pairs + held))
@@ -508,8 +530,10 @@ def comparisons(args, tokenizer, device, say):
         if k >= args.pairs:
             best += worth[0] > worth[1]
             sure += 1
-        found.append({"messages": [{"role": "user", "content": task["prompt"]}], "ranked": [a, b], "tie": False, "margin": 0.0})
-    say(f"{args.pairs} + {held} comparisons of the start's own answers; their true reward gets {best / sure:.1%} of the held-out "
+        found.append({"messages": [{"role": "user", "content": task["prompt"]}], "ranked": [a, b], "tie": False,
+                      "margin": 0.0})
+    say(f"{args.pairs} + {held} comparisons of the start's own answers; their true reward gets {best / sure:.1%} of "
+        f"the held-out "
         f"ones right: the ceiling")
     return found[:args.pairs], found[args.pairs:], best / sure
 
@@ -628,7 +652,8 @@ def reward_stage(args, process, say):
         if model.adapter is not None:
             lora.fold(model)
         # detail 19: what the policy sees has mean 0 and deviation 1 over held-out answers
-        save_run(out, model, {"stage": "rm", "step": steps, "metrics": metrics, "args": vars(args), "tokenizer": tokenizer.spec(),
+        save_run(out, model, {"stage": "rm", "step": steps, "metrics": metrics, "args": vars(args),
+                              "tokenizer": tokenizer.spec(),
                               "reward": {"mean": values.mean().item(), "std": max(values.std().item(), 1e-6)}}, weights)
         print(json.dumps(metrics))
     process.wait()
@@ -649,7 +674,9 @@ def start_run(out):
 
 
 class Rollout(NamedTuple):
-    """N answers of this rank, in groups of --group to a prompt, and what is known of each token, (N, L), 0 behind the end."""
+    """
+    N answers of this rank, in groups of --group to a prompt, and what is known of each token, (N, L), 0 behind the end.
+    """
     groups: list              # [(prompt ids, [answer ids, …]), …]
     prompts: list             # N texts
     texts: list
@@ -688,7 +715,8 @@ class Learner:
         if self.gae and args.critic == "separate":
             critic = load(args.critic_init or args.init, args, process)
             if Tokenizer.from_pretrained(args.critic_init or args.init).spec() != tokenizer.spec():
-                raise BadInput(f"--critic_init {args.critic_init} has another tokenizer than --init {args.init}: a critic reads "
+                raise BadInput(f"--critic_init {args.critic_init} has another tokenizer than --init {args.init}: a "
+                               f"critic reads "
                                f"the actor's tokens; start it from a model of the same one")
             critic = freeze_language_head(with_scalar_head(critic, scale=0))
             if self.adapter is not None:
@@ -709,7 +737,8 @@ class Learner:
         if self.sharded.sharded or fast:
             self.whole = load(args.init, args, process).to(self.device, actor.compute_dtype).requires_grad_(False)
         if self.sharded.sharded and (self.adapter is not None or actor.config.scalar_head):
-            raise BadInput(f"--parallel {args.parallel} with an adapter or --critic head cannot gather the actor to generate "
+            raise BadInput(f"--parallel {args.parallel} with an adapter or --critic head cannot gather the actor to "
+                           f"generate "
                            f"with: use --parallel ddp, or full tuning with --critic separate")
         self.end = chat_end(tokenizer, chat_format(tokenizer, args.template)[0])
         self.kl_coef = args.kl_coef
@@ -727,8 +756,8 @@ class Learner:
 
     def forward(self, model, groups, last=True, policy=True, values=False):
         """
-        (log π, entropy, V), (n, L) each, of the answers of groups: at the sampling temperature, detail 1; None for what is
-        not asked. model: a Sharded, or a plain model that is only read.
+        (log π, entropy, V), (n, L) each, of the answers of groups: at the sampling temperature, detail 1; None for what
+        is not asked. model: a Sharded, or a plain model that is only read.
         """
         args = self.args
         steady = self.device.type == "cuda"
@@ -780,8 +809,9 @@ class Learner:
         prompts = [data.question(self.tokenizer, task["prompt"], args.template) for task in tasks]
         longest = max(map(len, prompts))
         if longest + args.max_new_tokens > self.T:
-            raise BadInput(f"a prompt of {longest} tokens and --max_new_tokens {args.max_new_tokens} do not fit into a row of "
-                           f"{self.T}: give shorter prompts, fewer new tokens, or a larger --block_size up to the context")
+            raise BadInput(f"a prompt of {longest} tokens and --max_new_tokens {args.max_new_tokens} do not fit into a "
+                           f"row of "
+                           f"{self.T}: give shorter prompts, fewer new tokens, or a larger --block_size")
         answers = rollouts(self.generator(), prompts, args.group, self.end, args.max_new_tokens, args.temperature, seed,
                            args.rollout_batch, start)
         texts = [data.answer_text(self.tokenizer, ids) for group in answers for ids in group]
@@ -801,7 +831,8 @@ class Learner:
             at = first + drawn * args.prompts + process.dp_rank * mine
             begun = time.time()
             new, said, asked = self.sample([source(at + k) for k in range(mine)],
-                                           (args.seed * 100_003 + iteration) * 4 + drawn, process.dp_rank * mine * args.group)
+                                           (args.seed * 100_003
+                                            + iteration) * 4 + drawn, process.dp_rank * mine * args.group)
             clock["rollout"] += time.time() - begun
             begun = time.time()
             found = score(self.reward_fn, asked, said)
@@ -823,7 +854,8 @@ class Learner:
         if args.missing_end != "none":
             shaped = punish_missing_end(shaped, ended, args.missing_end, args.end_penalty)
         if args.overlong:
-            shaped = shaped + overlong_penalty(lengths.float(), args.max_new_tokens, int(args.overlong * args.max_new_tokens))
+            shaped = shaped + overlong_penalty(lengths.float(), args.max_new_tokens,
+                                               int(args.overlong * args.max_new_tokens))
         if args.reward_clip:
             shaped = shaped.clamp(-args.reward_clip, args.reward_clip)
         total = lambda t: all_reduce(t.clone())
@@ -854,7 +886,8 @@ class Learner:
         if args.mask_truncated:  # an answer that was cut off says nothing
             advantages = advantages * ended[:, None]
         clock["train"] += time.time() - begun
-        return Rollout(groups, prompts, texts, ended, scores, mask, old, ref, entropy, values, advantages, returns, shaped), drawn
+        return Rollout(groups, prompts, texts, ended, scores, mask, old, ref, entropy, values, advantages, returns,
+                       shaped), drawn
 
     def update(self, r, iteration, ptx=None):
         """
@@ -870,8 +903,10 @@ class Learner:
             self.critic.train()
         for epoch in range(args.epochs):
             for batch in np.array_split(rng.permutation(len(r.groups)), args.minibatches):
-                rows_of = lambda gs: torch.tensor([g * G + k for g in gs for k in range(G)], device=self.device, dtype=torch.long)
-                count = all_reduce(torch.stack((r.mask[rows_of(batch)].sum(), r.mask.new_tensor(float(len(batch) * G)))))
+                rows_of = lambda gs: torch.tensor([g * G + k for g in gs for k in range(G)], device=self.device,
+                                                  dtype=torch.long)
+                count = all_reduce(torch.stack((r.mask[rows_of(batch)].sum(),
+                                                r.mask.new_tensor(float(len(batch) * G)))))
                 groups = [r.groups[g] for g in batch]
                 parts, here = self.parts(groups, self.sharded), torch.zeros(8, device=self.device)
                 if ptx is not None:
@@ -888,15 +923,17 @@ class Learner:
                     rows = rows_of(batch[part])
                     L = logp.shape[1]
                     old, ref, mask, advantages = (t[rows, :L] for t in (r.old, r.ref, r.mask, r.advantages))
-                    loss = grpo_loss(logp, old, advantages, mask, args.aggregate, args.clip, args.clip_high or None, args.level,
-                                     longest, ref, self.kl_coef if args.kl_in == "loss" else 0.0, args.kl, args.kl_ratio,
-                                     args.algo == "cispo", args.dual_clip, count)
+                    price = self.kl_coef if args.kl_in == "loss" else 0.0
+                    loss = grpo_loss(logp, old, advantages, mask, args.aggregate, args.clip, args.clip_high or None,
+                                     args.level, longest, ref, price, args.kl, args.kl_ratio, args.algo == "cispo",
+                                     args.dual_clip, count)
                     loss = loss * train_actor
                     here[0] += loss.detach()
                     if args.entropy_coef:
                         loss = loss - args.entropy_coef * (entropy * mask).sum() / count[0] * train_actor
                     if self.gae and self.critic is None:
-                        value_loss = ppo_value_loss(values, r.values[rows, :L], r.returns[rows, :L], mask, args.value_clip).sum()
+                        value_loss = ppo_value_loss(values, r.values[rows, :L], r.returns[rows, :L], mask,
+                                                    args.value_clip).sum()
                         here[1] += value_loss.detach() / count[0]
                         loss = loss + args.value_coef * value_loss / count[0]
                     (loss * world).backward()
@@ -925,12 +962,14 @@ class Learner:
                     parts = self.parts(groups, self.critic)
                     loss_sum = torch.zeros((), device=self.device)
                     for i, part in enumerate(parts):
-                        *_, values = self.forward(self.critic, [groups[g] for g in part], i == len(parts) - 1, False, True)
+                        *_, values = self.forward(self.critic, [groups[g] for g in part], i == len(parts) - 1, False,
+                                                  True)
                         if not part:
                             (0 * values.sum()).backward()
                             continue
                         rows, L = rows_of(batch[part]), values.shape[1]
-                        loss = ppo_value_loss(values, r.values[rows, :L], r.returns[rows, :L], r.mask[rows, :L], args.value_clip)
+                        loss = ppo_value_loss(values, r.values[rows, :L], r.returns[rows, :L], r.mask[rows, :L],
+                                              args.value_clip)
                         (loss.sum() / count[0] * world).backward()
                         loss_sum += loss.sum().detach() / count[0]
                     self.critic.reduce(args.grad_clip or math.inf)
@@ -995,15 +1034,16 @@ class Learner:
 @torch.no_grad()
 def examine(learner, tasks, args, reward_fn, gold=None):
     """
-    Held-out questions: accuracy greedy and sampled where answers are known, else the mean score; KL(π ‖ π_ref) in nats an
-    answer over the samples; the share that ends.
+    Held-out questions: accuracy greedy and sampled where answers are known, else the mean score; KL(π ‖ π_ref) in nats
+    an answer over the samples; the share that ends.
     """
     learner.sharded.eval()
     model, found = learner.generator(), {}
     prompts = [data.question(learner.tokenizer, t["prompt"], args.template) for t in tasks]
     checked = args.task != "tastes" and all(t["answer"] for t in tasks)
     for name, temperature in (("", 0.0), ("_sampled", 1.0)):
-        answers = [a for a, in rollouts(model, prompts, 1, learner.end, args.max_new_tokens, temperature, 977, args.rollout_batch)]
+        answers = [a for a, in rollouts(model, prompts, 1, learner.end, args.max_new_tokens, temperature, 977,
+                                        args.rollout_batch)]
         texts = [data.answer_text(learner.tokenizer, a) for a in answers]
         if checked:
             found["accuracy" + name] = sum(data.is_right(x, t["answer"]) for x, t in zip(texts, tasks)) / len(tasks)
@@ -1021,8 +1061,8 @@ def examine(learner, tasks, args, reward_fn, gold=None):
 
 def best_of_n(learner, tasks, args, reward_fn, gold, say):
     """
-    The expected score of the best of n samples by reward_fn, n = 1, 2, 4 … --group, and of its true reward, from --group
-    samples each (every subset of n counts: Nakano et al. 2021, appendix I), over KL = log n - (n - 1) / n.
+    The expected score of the best of n samples by reward_fn, n = 1, 2, 4 … --group, and of its true reward, from
+    --group samples each (every subset of n counts: Nakano et al. 2021, appendix I), over KL = log n - (n - 1) / n.
     """
     _, texts, prompts = learner.sample(tasks, args.seed)
     G, rows = args.group, []
@@ -1043,11 +1083,13 @@ def best_of_n(learner, tasks, args, reward_fn, gold, say):
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
-    add("command", nargs="?", default="train", choices=["train", *COMMANDS], help="table, overoptimize: many runs, see above")
+    add("command", nargs="?", default="train", choices=["train", *COMMANDS],
+        help="table, overoptimize: many runs, see above")
     # run
     add("--stage", default="rl", choices=["rl", "rm"], help="the policy, or the reward model")
-    add("--init", help="policy to start from, and reference (default: out/sft; of addition and tastes a small model that is "
-        "trained first)")
+    add("--init",
+        help="policy to start from, and reference (default: out/sft; of addition and tastes a small model that is "
+             "trained first)")
     add("--out", help="run directory (default: out/rl, of --stage rm out/rm); a finished run there is kept as OUT.old")
     add("--resume", action="store_true", help="go on from OUT/optim.pt, with its arguments unless given again")
     add("--seed", type=int, default=0, help="of samples, order and the small start")
@@ -1055,29 +1097,34 @@ def get_args(argv=None):
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of activations")
     add("--compile", default=None, action=flag, help="torch.compile the blocks (default: on CUDA)")
     # task
-    add("--task", default="addition", help=f"{', '.join(data.TASKS)}, FILE.jsonl with prompt and answer; --stage rm: tastes, "
-        f"hh, or pairs with --input")
+    add("--task", default="addition",
+        help=f"{', '.join(data.TASKS)}, FILE.jsonl with prompt and answer; --stage rm: tastes, hh, or pairs with "
+             f"--input")
     add("--input", help="a local file of comparisons, for --stage rm")
     add("--template", help="chat template (default: the tokenizer's own)")
     add("--reward", help="who scores, see reward_function (default: check; tastes: taste)")
     add("--val", type=int, default=500, help="held-out questions asked before and after")
-    add("--recall", type=int, default=-1, help="questions about the default world asked before and after (-1: 200 with "
-        "--task arithmetic)")
+    add("--recall", type=int, default=-1,
+        help="questions about the default world asked before and after (-1: 200 with --task arithmetic)")
     # the small start
     add("--stop", type=float, default=0.42, help="share of right samples at which the start's SFT stops")
     add("--start_steps", type=int, default=1500, help="its most steps")
     add("--teacher_noise", type=float, default=0.0, help="share of its teacher's answers with a random digit")
     # method
     add("--algo", default="ppo", choices=list(ALGOS), help="sets the defaults of the flags up to --overlong")
-    add("--baseline", choices=["gae", "mean", "loo", "batch", "none"], help="of advantages: a critic, or the group's scores")
-    add("--std", choices=["unbiased", "biased", "none"], help="deviation that advantages are divided by: the group's, or with "
-        "gae the batch's (trl, verl, OpenRLHF unbiased; minimind, HALOs biased; Dr. GRPO none)")
+    add("--baseline", choices=["gae", "mean", "loo", "batch", "none"],
+        help="of advantages: a critic, or the group's scores")
+    add("--std", choices=["unbiased", "biased", "none"],
+        help="deviation that advantages are divided by: the group's, or with gae the batch's (trl, verl, OpenRLHF "
+             "unbiased; minimind, HALOs biased; Dr. GRPO none)")
     add("--std_eps", type=float, default=1e-4, help="added to it (trl 1e-4, verl 1e-6, OpenRLHF 1e-9, HALOs 1e-2)")
-    add("--aggregate", choices=["sequence", "token", "constant", "sum"], help="what a token's loss weighs, see token_weights")
+    add("--aggregate", choices=["sequence", "token", "constant", "sum"],
+        help="what a token's loss weighs, see token_weights")
     add("--level", choices=["token", "sequence", "mean"], help="of the ratio, see ratios")
     add("--clip", type=float, help="ε of the ratio")
     add("--clip_high", type=float, help="above 1 (DAPO 0.28; CISPO's bound; 0: as --clip)")
-    add("--kl_in", choices=["reward", "loss"], help="where the price of divergence goes: only in the reward does it reach π*")
+    add("--kl_in", choices=["reward", "loss"],
+        help="where the price of divergence goes: only in the reward does it reach π*")
     add("--kl", choices=["k1", "k2", "k3"], help="its estimator, see kl_estimate")
     add("--kl_coef", type=float, help="β")
     add("--epochs", type=int, help="over each rollout")
@@ -1087,8 +1134,8 @@ def get_args(argv=None):
     add("--kl_ratio", action="store_true", help="multiply the KL in the loss by the ratio, as trl does")
     add("--kl_target", type=float, default=0.0, help="of the adaptive controller, nats an answer; 0: β stays")
     add("--kl_horizon", type=float, default=10000, help="its horizon in answers")
-    add("--target_kl", type=float, default=0.0, help="stop a rollout's epochs where 0.5 (log ratio)² exceeds 1.5 times it; 0: "
-        "never")
+    add("--target_kl", type=float, default=0.0,
+        help="stop a rollout's epochs where 0.5 (log ratio)² exceeds 1.5 times it; 0: never")
     add("--dual_clip", type=float, default=0.0, help="bound of negative advantages' loss (3 is usual); 0: none")
     add("--entropy_coef", type=float, default=0.0, help="of an entropy bonus")
     add("--missing_end", default="subtract", choices=["none", "replace", "subtract"], help="answers without an end")
@@ -1098,8 +1145,9 @@ def get_args(argv=None):
     add("--whiten_rewards", action="store_true", help="scores to deviation 1, their mean kept")
     add("--raft_above", type=float, default=0.5, help="RAFT learns the best answer of a group if it scores so much")
     # critic
-    add("--critic", default="separate", choices=["separate", "head"], help="a model of its own, or a head on the actor; with "
-        "an adapter the actor, the head and the reference then share one base")
+    add("--critic", default="separate", choices=["separate", "head"],
+        help="a model of its own, or a head on the actor; with an adapter the actor, the head and the reference then "
+             "share one base")
     add("--critic_init", help="model that a separate critic starts from, such as out/rm (default: --init)")
     add("--critic_lr", type=float, default=1e-3)
     add("--critic_warmup", type=int, default=0, help="iterations in which only the critic learns")
@@ -1114,8 +1162,8 @@ def get_args(argv=None):
     add("--group", type=int, default=8, help="answers to each prompt")
     add("--temperature", type=float, default=1.0)
     add("--max_new_tokens", type=int, default=0, help="(0: addition 6, arithmetic 8, tastes 16, others 128)")
-    add("--block_size", type=int, default=0, help="tokens of a packed row, at least of a prompt and its answer (0: the "
-        "model's, at most 2048)")
+    add("--block_size", type=int, default=0,
+        help="tokens of a packed row, at least of a prompt and its answer (0: the model's, at most 2048)")
     add("--rollout_batch", type=int, default=1024, help="answers generated at once")
     add("--micro_batch", type=int, default=0, help="packed rows per forward pass and process (0: as fits)")
     add("--lr", type=float, default=3e-4, help="peak, to 0 in a line; models of 100M and more want 1e-6")
@@ -1160,7 +1208,8 @@ def load_state(out):
     except FileNotFoundError:
         raise BadInput(f"--resume: there is no {Path(out) / 'optim.pt'}; start without --resume") from None
     except Exception as error:  # pickle, zip and torch each have their own
-        raise BadInput(f"{Path(out) / 'optim.pt'} is damaged ({type(error).__name__}): start without --resume") from None
+        raise BadInput(f"{Path(out) / 'optim.pt'} is damaged ({type(error).__name__}): start without "
+                       f"--resume") from None
 
 
 def check_args(args):
@@ -1173,14 +1222,16 @@ def check_args(args):
         args.gold = "taste"
     if args.stage == "rl" and args.task not in data.TASKS and not Path(args.task).is_file():
         raise BadInput(f"--task {args.task} is unknown: use one of {', '.join(data.TASKS)}, or a file of questions")
-    needs_group = args.algo in ("raft", "best_of_n") or args.baseline in ("mean", "loo") or args.std != "none" and args.baseline != "gae"
+    compares = args.algo in ("raft", "best_of_n") or args.baseline in ("mean", "loo")
+    needs_group = compares or args.std != "none" and args.baseline != "gae"
     if args.group < 2 and needs_group and args.stage == "rl":
         raise BadInput(f"--group {args.group}: --algo {args.algo} compares answers to one prompt: give 2 or more")
     for name in ("prompts", "group", "max_new_tokens", "iterations", "epochs", "minibatches", "rollout_batch", "pairs"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: give 1 or more")
     if args.temperature <= 0:
-        raise BadInput(f"--temperature {args.temperature:g}: learning from samples needs some chance in them; 1 is usual")
+        raise BadInput(f"--temperature {args.temperature:g}: learning from samples needs some chance in them; 1 is "
+                       f"usual")
     if args.kl_target and args.kl_in != "reward":
         raise BadInput("--kl_target steers the price in the reward: add --kl_in reward")
     return args
@@ -1208,9 +1259,10 @@ def main():
 
     # tasks, reward, models
     tokenizer = Tokenizer.from_pretrained(args.init)
-    train, val = ((data.read_tasks(args.task, split, n) if args.task in data.TASKS else data.read_tasks("", split, n, args.task))
+    known = args.task in data.TASKS
+    train, val = (data.read_tasks(args.task if known else "", split, n, None if known else args.task)
                   for split, n in (("train", 40_000), ("val", args.val)))
-    if args.task not in data.TASKS:  # a file has no split of its own
+    if not known:  # a file has no split of its own
         random.Random(0).shuffle(train)
         train, val = train[args.val:], train[:args.val]
         if not train:
@@ -1226,7 +1278,8 @@ def main():
         learner.actor.compile_parts()
     if args.ptx:
         folders, _ = data.prepare(args.ptx, tokenizer)
-        loader = data.TokenLoader([(w, data.open_tokens(f / "train.bin")) for w, f in folders.values()], learner.T, args.seed)
+        loader = data.TokenLoader([(w, data.open_tokens(f / "train.bin")) for w, f in folders.values()], learner.T,
+                                  args.seed)
 
         def more(iteration, epoch):
             rows = max(1, 2048 // learner.T)
@@ -1269,9 +1322,11 @@ def main():
         if main_process:
             log.flush()
             with replace_file(out / "optim.pt") as f:
-                torch.save({**state, "iteration": iteration, "kl_coef": learner.kl_coef, "before": before, "args": vars(args),
+                torch.save({**state, "iteration": iteration, "kl_coef": learner.kl_coef, "before": before,
+                            "args": vars(args),
                             "log": (out / "log.jsonl").stat().st_size}, f)
-        run_json = {"stage": "rl", "step": iteration, "metrics": metrics, "args": vars(args), "tokenizer": tokenizer.spec()}
+        run_json = {"stage": "rl", "step": iteration, "metrics": metrics, "args": vars(args),
+                    "tokenizer": tokenizer.spec()}
         if main_process:
             if learner.adapter is not None:
                 lora.save(out, learner.actor, run_json, args.init)
@@ -1307,31 +1362,38 @@ def main():
         line |= learner.imitate(r) if args.algo == "raft" else learner.update(r, iteration, more if args.ptx else None)
         now["train"] += time.time() - start
         if args.kl_target:
-            learner.kl_coef = adaptive_kl(learner.kl_coef, line["kl"], args.kl_target, args.kl_horizon, args.prompts * args.group)
+            learner.kl_coef = adaptive_kl(learner.kl_coef, line["kl"], args.kl_target, args.kl_horizon,
+                                          args.prompts * args.group)
         seconds = time.time() - begun
         if iteration:  # the first compiles
             clock, tokens = {k: clock[k] + now[k] for k in clock}, tokens + line["tokens"]
-        line |= {"kl_coef": learner.kl_coef, "lr": args.lr * share, "drawn": drawn, "tokens_per_s": line["tokens"] / seconds}
+        line |= {"kl_coef": learner.kl_coef, "lr": args.lr * share, "drawn": drawn,
+                 "tokens_per_s": line["tokens"] / seconds}
         line |= {f"share_{k}": v / seconds for k, v in now.items()}
         if main_process:
-            log.write(json.dumps({k: v if isinstance(v, (int, bool)) else float(f"{v:.6g}") for k, v in line.items()}) + "\n")
+            log.write(json.dumps({k: v if isinstance(v, (int, bool)) else float(f"{v:.6g}") for k, v in line.items()})
+                      + "\n")
         if (iteration + 1) % args.log_every == 0 or iteration in (0, args.iterations - 1):
             say(f"{iteration + 1}/{args.iterations}  reward {line['reward']:.3f} ± {line['reward_sd']:.3f}"
                 + (f"  true {line['true_reward']:.3f}" if gold else "")
-                + f"  flat {line['flat_groups']:.2f}  KL {line['kl']:.3f} (k3 {line['kl_k3']:.3f})  entropy {line['entropy']:.3f}"
-                + (f"  approx KL {line['approx_kl']:.1e}  clip {line['clip_fraction']:.3f}  ratio < {line['ratio_max']:.2f}"
+                + f"  flat {line['flat_groups']:.2f}  KL {line['kl']:.3f} (k3 {line['kl_k3']:.3f})"
+                + f"  entropy {line['entropy']:.3f}"
+                + (f"  approx KL {line['approx_kl']:.1e}  clip {line['clip_fraction']:.3f}  ratio < "
+                   f"{line['ratio_max']:.2f}"
                    if "approx_kl" in line else f"  kept {line['kept']}")
                 + (f"  EV {line['explained_variance']:.2f}" if learner.gae else "")
                 + f"  length {line['length']:.1f}  end {line['end_rate']:.2f}  {line['tokens_per_s']:,.0f} tok/s ("
                 + " ".join(f"{k} {v / seconds:.0%}" for k, v in now.items()) + ")", flush=True)
         for name, bad, advice in (
-                ("flat", line["flat_groups"] > 0.9, "nine of ten groups score all the same and teach nothing: give harder or "
+                ("flat", line["flat_groups"] > 0.9, "nine of ten groups score all the same and teach nothing: give "
+                                                    "harder or "
                  "easier questions, or --dynamic"),
                 ("end", line["end_rate"] < 0.5, "more than half of the answers do not end: raise --max_new_tokens or "
                  "--end_penalty"),
                 ("entropy", line["entropy"] < 0.01, "hardly any chance is left in the answers: raise --kl_coef or "
                  "--entropy_coef, or lower --lr"),
-                ("kl", line["kl"] > 50, "the policy is more than 50 nats from the reference: raise --kl_coef or lower --lr")):
+                ("kl", line["kl"] > 50, "the policy is more than 50 nats from the reference: raise --kl_coef or lower "
+                                        "--lr")):
             if bad and name not in warned and main_process:
                 warned.add(name)
                 say(f"warning: {advice}")
@@ -1407,15 +1469,16 @@ def table(args):
     for name in rows:
         prefix, cells = str(root / f"{name.replace(' ', '').replace(',', '-')}-"), []
         for column in columns:
-            values = np.array([m.get(column, math.nan) for out, m in found.items() if out.rpartition("-")[0] + "-" == prefix])
+            values = np.array([m.get(column, math.nan) for out, m in found.items() if out.rpartition("-")[0]
+                               + "-" == prefix])
             cells.append(f"{values.mean():.3f} ± {values.std(ddof=1) if len(values) > 1 else 0:.3f}")
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 def overoptimize(args):
     """
-    A reward model of --pairs comparisons of strings, PPO against it at three prices, and the best of n by it: proxy and true
-    reward over KL (Gao et al. 2023). Writes OUT.svg and OUT.json beside the runs.
+    A reward model of --pairs comparisons of strings, PPO against it at three prices, and the best of n by it: proxy and
+    true reward over KL (Gao et al. 2023). Writes OUT.svg and OUT.json beside the runs.
     """
     root, seed = Path(args.out), ["--task", "tastes", "--seed", args.seed, "--device", args.device]
     launch({str(root / "rm"): [*seed, "--stage", "rm", "--pairs", args.pairs]}, 1)
@@ -1429,10 +1492,12 @@ def overoptimize(args):
         rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
         every = max(1, len(rows) // 25)
         name = {"best": "best of n"}.get(Path(out).name, Path(out).name.replace("ppo-", "PPO, β "))
-        curves[f"{name}: reward model"] = [(round(r["kl"], 4), round(r["reward"] * rm["reward"]["std"], 4)) for r in rows[::every]]
+        curves[f"{name}: reward model"] = [(round(r["kl"], 4), round(r["reward"] * rm["reward"]["std"], 4))
+                                           for r in rows[::every]]
         curves[f"{name}: true"] = [(round(r["kl"], 4), round(r["true_reward"], 4)) for r in rows[::every]]
     shift = curves["best of n: true"][0][1] - curves["best of n: reward model"][0][1]
-    curves = {name: [(x, round(y + shift * ("model" in name), 4)) for x, y in points] for name, points in curves.items()}
+    curves = {name: [(x, round(y + shift * ("model" in name), 4)) for x, y in points] for name,
+              points in curves.items()}
     tastes.plot(root.with_suffix(".svg"), curves, "KL from the start, nats", "reward", lines=list(curves), width=760)
     with replace_file(root.with_suffix(".json"), "w") as f:
         json.dump({"reward_model": rm["metrics"], "curves": curves}, f)

@@ -361,7 +361,8 @@ def download(url, path):
             answer = requests.get(url, timeout=60)
             answer.raise_for_status()
         except requests.RequestException as error:
-            raise BadInput(f"{url} could not be had ({type(error).__name__}): put the file at {path} or give --input FILE"
+            raise BadInput(f"{url} could not be had ({type(error).__name__}): put the file at {path} or give --input "
+                           f"FILE"
                            ) from None
         with replace_file(path) as f:
             f.write(answer.content)
@@ -424,14 +425,15 @@ def conversation(row, where="the row", template=None):
 def chat_sets(spec, input=None, val=0.05, limit=0):
     """
     "bios,alpaca,FILE" -> {name: {"train": [(where, row)], "val": [(where, row)]}}. A module may know its own split;
-    a file's and another's validation rows are a share `val` of it, drawn by a seed of their own. input: a file in place of
-    the one module's download. limit: of each split.
+    a file's and another's validation rows are a share `val` of it, drawn by a seed of their own. input: a file in place
+    of the one module's download. limit: of each split.
     """
     sets = {}
     for name in spec.split(","):
         if name in CHATS:
             module = importlib.import_module(f"data.{name}")
-            parts = {s: [(f"{name}, row {i}", row) for i, row in enumerate(islice(module.chats(s, input), limit or None), 1)]
+            parts = {s: [(f"{name}, row {i}", row) for i, row in enumerate(islice(module.chats(s, input), limit
+                                                                                  or None), 1)]
                      for s in ("train", "val")}
         elif Path(name).is_file():
             parts = {"train": list(islice(read_chats(name), limit or None)), "val": []}
@@ -670,8 +672,8 @@ def pack_branches(groups, T, share=True, ask_prompt=False, steady=False):
         p_1 … p_{P-1} | p_P r_1 … r_{n-1} | p_P s_1 … s_{m-1} | …
     whose branches each see the prompt and themselves, at positions that go on from P - 1: the prompt is computed once
     for all its responses, and each branch begins with the token that predicts its first. share False, or a group longer
-    than T: one document a response. ask_prompt: p_2 … p_P are targets too, once a group. steady: rows of exactly T, a power
-    of two of them, so that what is compiled for each shape is compiled for few.
+    than T: one document a response. ask_prompt: p_2 … p_P are targets too, once a group. steady: rows of exactly T, a
+    power of two of them, so that what is compiled for each shape is compiled for few.
     """
     pieces = []  # (group, responses) a document, with its length
     for g, group in enumerate(groups):
@@ -719,7 +721,9 @@ def is_right(text, answer):
     """Does an answer agree with the known one: the last number, where that comes after GSM8K's ####, or all of it."""
     if "####" in answer:
         numbers = re.findall(r"-?\d[\d,]*\.?\d*", text)
-        return bool(numbers) and numbers[-1].replace(",", "").rstrip(".") == answer.split("####")[-1].strip().replace(",", "")
+        return bool(numbers) and numbers[-1].replace(",",
+                                                     "").rstrip(".") == answer.split("####")[-1].strip().replace(",",
+                                                                                                                 "")
     return text.strip() == answer.strip()
 
 

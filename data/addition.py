@@ -1,8 +1,9 @@
 """
-Two-digit sums, the answer's last digit first: 57+68= → 521. The smallest task that reinforcement learning visibly solves.
+Two-digit sums, the answer's last digit first: 57+68= → 521. The smallest task that reinforcement learning visibly
+solves.
 
-All 10,000 problems of two digits and two digits, 9,000 to train on and 1,000 held out, every answer three digits. Written
-last digit first, each digit needs only the digits above it and one carry.
+All 10,000 problems of two digits and two digits, 9,000 to train on and 1,000 held out, every answer three digits.
+Written last digit first, each digit needs only the digits above it and one carry.
 """
 import random
 from itertools import cycle, islice
@@ -16,7 +17,9 @@ def answer(a, b):
 
 
 def split_problems(split):
-    """The operands of a split, shuffled: random() is the one generator method whose sequence Python promises to keep."""
+    """
+    The operands of a split, shuffled: random() is the one generator method whose sequence Python promises to keep.
+    """
     rng = random.Random("addition")
     order = sorted(((a, b) for a in range(100) for b in range(100)), key=lambda _: rng.random())
     return order[HELD_OUT:] if split == "train" else order[:HELD_OUT]

@@ -23,7 +23,9 @@ LENGTH = 12  # of a string that the taste is about
 
 
 def bigram_tables(seed=7):
-    """(8, 8) worth of each pair of neighbouring letters, standard normals, and the text's (8, 8) transition probabilities."""
+    """
+    (8, 8) worth of each pair of neighbouring letters, standard normals, and the text's (8, 8) transition probabilities.
+    """
     rng = random.Random(seed)
     normal = lambda: math.sqrt(-2 * math.log(1 - rng.random())) * math.cos(2 * math.pi * rng.random())
     worth = [[normal() for _ in LETTERS] for _ in LETTERS]
@@ -36,9 +38,9 @@ WORTH, TRANSITIONS = bigram_tables()
 
 def reward(text):
     """
-    The worth of the pairs of neighbours in a string of LETTERS, each kind counted once; a repeated one costs 1/2, as does
-    each letter missing from or beyond LENGTH. Who has seen only everyday strings, where few pairs come twice, takes a good
-    pair for good however often it comes.
+    The worth of the pairs of neighbours in a string of LETTERS, each kind counted once; a repeated one costs 1/2, as
+    does each letter missing from or beyond LENGTH. Who has seen only everyday strings, where few pairs come twice,
+    takes a good pair for good however often it comes.
     """
     pairs = list(zip(text, text[1:]))
     known = {(a, b) for a, b in pairs if a in LETTERS and b in LETTERS}
@@ -47,7 +49,9 @@ def reward(text):
 
 
 def problems(split, n=None):
-    """n rows {"prompt": "c", "answer": a string of LENGTH letters that goes on from c}: everyday text, to start from."""
+    """
+    n rows {"prompt": "c", "answer": a string of LENGTH letters that goes on from c}: everyday text, to start from.
+    """
     rng = random.Random(f"tastes {split}")
     for _ in range(20_000 if n is None else n):
         at = first = int(rng.random() * len(LETTERS))
@@ -60,7 +64,10 @@ def problems(split, n=None):
 
 
 def preferred(a, b, rng, temperature=1.0):
-    """Is the first reward's answer the one that a person of this taste picks? Bradley & Terry, p = σ((a - b) / temperature)."""
+    """
+    Is the first reward's answer the one that a person of this taste picks? Bradley & Terry, p = σ((a - b) /
+    temperature).
+    """
     return rng.random() < 1 / (1 + math.exp(min(50, (b - a) / temperature)))
 
 
@@ -119,7 +126,8 @@ def plot(path, curves, xlabel, ylabel, lines=(), width=640, height=400):
                   f'<text x="54" y="{v + 4:.1f}" text-anchor="end">{y:.2g}</text>',
                   f'<text x="{u:.1f}" y="{height - 32}" text-anchor="middle">{x:.2g}</text>']
     parts += [f'<text x="{60 + (width - 230) / 2:.0f}" y="{height - 10}" text-anchor="middle">{xlabel}</text>',
-              f'<text x="14" y="{height / 2:.0f}" text-anchor="middle" transform="rotate(-90 14 {height / 2:.0f})">{ylabel}</text>']
+              f'<text x="14" y="{height / 2:.0f}" text-anchor="middle" '
+              f'transform="rotate(-90 14 {height / 2:.0f})">{ylabel}</text>']
     for k, (name, points) in enumerate(curves.items()):
         colour, places = COLOURS[k % len(COLOURS)], [at(*point) for point in points]
         if name in lines:

@@ -25,11 +25,13 @@ the two files of PEFT's format and a run.json that names its base; every --init 
 import argparse
 import contextlib
 import functools
+import gc
 import hashlib
 import itertools
 import json
 import math
 import re
+import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -38,8 +40,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from bpe import BadInput, Tokenizer, cli, read_json, replace_file
-from model import (GPT, PRESETS, Attention, KVCache, Linear, MLP, attend, fuse_qkv, hf_places, load_safetensors,
-                   meta_model, newest_run, preset, save_run, save_safetensors, split_qkv, to_hf_config)
+from model import (GPT, PRESETS, Attention, GPTConfig, KVCache, Linear, MLP, add_memory_flags, attend, fuse_qkv,
+                   hf_places, load_safetensors, memory_plan, meta_model, moment_bytes, newest_run, peak_memory,
+                   position_tables, preset, save_run, save_safetensors, setup_process, split_qkv, to_hf_config)
 
 
 @dataclass
@@ -362,7 +365,7 @@ class Virtual(nn.Module):
         self.to(model.device)
 
     def train(self, mode=True):
-        self.fresh = False
+        self.fresh = self.fresh and not mode
         return super().train(mode)
 
     def written(self):
@@ -388,9 +391,10 @@ class Virtual(nn.Module):
         if torch.is_grad_enabled() and self.table.requires_grad or self.training:
             return self.keys_values(model)
         if not self.fresh:
-            kv = self.keys_values(model)
-            same = self.kept is not None and self.kept.shape == kv.shape and self.kept.dtype == kv.dtype
-            self.kept = self.kept.copy_(kv) if same else kv  # the same memory: a recorded step reads there
+            with torch.inference_mode(False), torch.no_grad():
+                kv = self.keys_values(model)
+                same = self.kept is not None and self.kept.shape == kv.shape and self.kept.dtype == kv.dtype
+                self.kept = self.kept.copy_(kv) if same else kv  # the same memory: a recorded step reads there
             self.fresh = True
         return self.kept
 
@@ -516,6 +520,7 @@ METHODS = {"lora": add_low_rank, "dora": add_low_rank, "adalora": add_low_rank,
            "prompt": add_virtual, "ptuning": add_virtual, "prefix": add_virtual, "ptuning2": add_virtual,
            "serial": add_bottlenecks, "parallel": add_bottlenecks, "zeroinit": add_zero_init, "bitfit": add_biases}
 GRAFTS = (LowRank, LowRankEmbedding, Bottleneck, ZeroInit)
+WRITTEN = {"prefix": "ptuning2", "ptuning": "prompt"}  # what is left of them once their encoder is dropped
 ADALORA_START = 1.5  # AdaLoRA begins with so many times the rank that it ends with
 
 # -----------------------------------------------------------------------------
@@ -659,7 +664,7 @@ def module_alphas(model):
 def attach(model, adapter, tensors, alphas):
     """An adapter from detach or from a file onto its base."""
     ranks = {name: (len(tensors[f"{name}.lora_A"]), alpha) for name, alpha in alphas.items()}
-    kind = {"prefix": "ptuning2", "ptuning": "prompt"}.get(adapter.tune, adapter.tune)  # their encoder is gone
+    kind = WRITTEN.get(adapter.tune, adapter.tune)
     many = {"virtual_tokens": len(tensors["virtual.table"])} if "virtual.table" in tensors else {}
     apply(model, replace(adapter, tune=kind, virtual_init="random", **many), ranks=ranks)
     params = dict(model.named_parameters())
@@ -935,7 +940,7 @@ def start(init, adapter, device="cpu", dtype=torch.float32, tokenizer=None, seed
         return model, None
     if (path / "adapter_config.json").exists():
         model = load(path, device, dtype)
-        if model.adapter.tune == adapter.tune:
+        if model.adapter.tune == WRITTEN.get(adapter.tune, adapter.tune):
             return model, read_json(path / "adapter_config.json")["base_model_name_or_path"]
     model = plain(init, device, dtype)
     if more > model.config.vocab_size and not adapter.train_embeddings:
@@ -988,7 +993,7 @@ def count(args):
         try:
             apply(model, replace(given, tune=tune))
         except BadInput as error:
-            print(f"{tune:10} {str(error).partition(',')[0]}")
+            print(f"{tune:10} {str(error).partition(':')[0]}")
             continue
         trained, total = trained_share(model)
         kept = sum(t.numel() for t in adapter_tensors(model).values())
@@ -1018,6 +1023,64 @@ def imported(args):
     print(f"{args.out}: {model.adapter.tune}, {trained:,} numbers beside the {total - trained:,} of {base}")
 
 
+def bench(args):
+    """
+    Bytes and speed of full tuning, LoRA and QLoRA of one preset, with random weights and tokens, beside the plan of
+    model.py; AdamW, bf16 activations, masters in float32 where all is trained.
+    """
+    config = GPTConfig(**PRESETS[args.preset] | {"block_size": args.block_size})
+    device = setup_process(args.device).device
+    parser = argparse.ArgumentParser()
+    add_memory_flags(parser)
+    rates = {}
+    for tune, quantized in (("train", "none"), ("lora", "none"), ("qlora", "nf4")):
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = GPT(config)
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.02)
+        model.compute_dtype = torch.bfloat16
+        if tune != "train":
+            model.to(torch.bfloat16)
+            apply(model, Adapter("lora", lora_rank=args.lora_rank, lora_targets=args.lora_targets, quantize=quantized))
+        for name, table in position_tables(config).items():
+            setattr(model, name, table.to(device))
+        tensors = itertools.chain(model.parameters(), model.buffers())
+        frozen = sum(t.numel() * t.element_size() for t in tensors if not t.requires_grad)
+        blocks = sum(t.numel() * t.element_size() for t in itertools.chain(model.blocks.parameters(), model.blocks.buffers())
+                     if not t.requires_grad)
+        if device.type == "cuda":
+            model.compile_parts()
+            torch.cuda.reset_peak_memory_stats()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+        x = torch.randint(config.vocab_size, (args.micro_batch, config.block_size + 1), device=device)
+        model.train()
+        for step in range(args.steps):
+            if step == args.steps // 2:  # the first half compiles and warms up
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                start = time.time()
+            model(x[:, :-1], x[:, 1:])[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        rates[tune] = (args.steps - args.steps // 2) * x[:, 1:].numel() / (time.time() - start)
+        flags = ["--mode", tune, "--micro_batch", str(args.micro_batch), "--block_size", str(args.block_size),
+                 *(["--lora_rank", str(args.lora_rank), "--lora_targets", args.lora_targets] if tune != "train" else [])]
+        plan = max(moment_bytes(memory_plan(parser.parse_args(flags), config)).values())
+        trained, total = trained_share(model)
+        print(json.dumps({"tune": tune, "trained": trained, "of": total, "frozen_GB": round(frozen / 1e9, 3),
+                          "frozen_blocks_GB": round(blocks / 1e9, 3), "peak_GB": round(peak_memory(device) / 1e9, 3),
+                          "plan_GB": round(plan / 1e9, 3), "tokens_per_s": round(rates[tune]),
+                          "of_full": round(rates[tune] / rates["train"], 3)}), flush=True)
+        del model, optimizer, tensors
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.compiler.reset()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command")
@@ -1032,6 +1095,15 @@ def main():
         if name == "import":
             sub.add_argument("--init", help="its base (default: as its config says)")
         sub.set_defaults(run=run)
+    sub = commands.add_parser("bench", help=bench.__doc__)
+    sub.add_argument("--preset", default="gpt2-xl", choices=sorted(PRESETS))
+    sub.add_argument("--block_size", type=int, default=2048)
+    sub.add_argument("--micro_batch", type=int, default=4)
+    sub.add_argument("--steps", type=int, default=20)
+    sub.add_argument("--lora_rank", type=int, default=8)
+    sub.add_argument("--lora_targets", default="q,v")
+    sub.add_argument("--device", default="auto")
+    sub.set_defaults(run=bench)
     args = parser.parse_args()
     if args.command is None:
         args = parser.parse_args(["count"])

@@ -65,6 +65,7 @@ class GPTConfig:
     attn: str = "full"           # who sees whom, a layer: full | window | strided, or a cycle such as full,window
     window: int = 0              # of window and strided, see visible
     qk_norm: bool = True         # normalize queries and keys per head (Henry et al. 2020)
+    qk_norm_all: bool = False    # or over all heads together (OLMoE)
     attn_scale: float = 0.0      # of q kᵀ; 0: 1 / sqrt(head_dim)
     prefix_lm: bool = False      # the prompt's tokens see each other (UniLM, T5, ChatGLM): see forward's prefix
     share: int = 1               # layers in a row that use one block; n_layer: ALBERT (Lan et al. 2020)
@@ -95,6 +96,21 @@ class GPTConfig:
     dropout: float = 0.0
     init: str = "zero"           # see INIT
     scalar_head: bool = False    # adds a Linear C → 1: reward and value models
+    # mixture of experts, see moe.py
+    n_expert: int = 0            # MLPs of a layer, of which a router picks some for each token; 0: one MLP for all
+    n_expert_active: int = 2     # so many
+    n_expert_shared: int = 0     # so many more widths of an expert, always active
+    expert_hidden: int = 0       # width of an expert; 0: n_hidden
+    moe_every: int = 1           # layers that have experts: each so-many-th
+    moe_first: int = 0           # and none of the first so many
+    router: str = "softmax"      # softmax | noisy | switch | gshard | sigmoid | expert_choice
+    router_norm: bool = True     # divide a token's weights by their sum
+    router_scale: float = 1.0    # of a sigmoid router's weights
+    shared_gate: bool = False    # σ(x w) on the shared experts (Qwen1.5-MoE)
+    capacity: float = 0.0        # in training an expert takes at most this times the mean load; 0: all that come
+    aux_loss: float = 0.01       # coefficient of the load-balancing loss of a layer, which is 1 when balanced
+    router_z_loss: float = 0.001  # coefficient of the router's log²Z
+    bias_rate: float = 0.001     # step of a sigmoid router's balancing biases
     n_class: int = 0             # adds a Linear C → n_class: sft.py --task classify
 
     def __post_init__(self):
@@ -145,6 +161,9 @@ class GPTConfig:
         self.norm_bias = self.norm == "layernorm" and (self.bias if self.norm_bias is None else self.norm_bias)
         self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
         self.mlp_bias = self.bias if self.mlp_bias is None else self.mlp_bias
+        if self.n_expert:
+            from moe import check
+            check(self)
 
     @property
     def padded_vocab(self):
@@ -155,6 +174,11 @@ class GPTConfig:
         """The kind of attention of each layer."""
         cycle = self.attn.split(",")
         return [cycle[i % len(cycle)] for i in range(self.n_layer)]
+
+    @property
+    def moe_layers(self):
+        """Which layers have experts."""
+        return [self.n_expert > 0 and i >= self.moe_first and (i + 1) % self.moe_every == 0 for i in range(self.n_layer)]
 
 
 # What families fix beside their sizes.
@@ -203,6 +227,21 @@ PRESETS = {
                          n_hidden=4864, tied=True),
     "qwen3-0.6b": dict(LLAMA, vocab_size=151936, block_size=40960, n_layer=28, n_head=16, n_kv_head=8, n_embd=1024,
                        head_dim=128, n_hidden=3072, norm_eps=1e-6, rope_theta=1e6, qk_norm=True, tied=True),
+    "mixtral-8x7b": dict(LLAMA, vocab_size=32000, block_size=32768, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096,
+                         n_hidden=14336, rope_theta=1e6, n_expert=8),
+    "mixtral-8x22b": dict(LLAMA, vocab_size=32768, block_size=65536, n_layer=56, n_head=48, n_kv_head=8, n_embd=6144,
+                          n_hidden=16384, rope_theta=1e6, n_expert=8),
+    "olmoe-1b-7b": dict(LLAMA, vocab_size=50304, block_size=4096, n_layer=16, n_head=16, n_embd=2048, n_hidden=1024,
+                        qk_norm=True, qk_norm_all=True, n_expert=64, n_expert_active=8, router_norm=False),
+    "deepseek-moe-16b": dict(LLAMA, vocab_size=102400, block_size=4096, n_layer=28, n_head=16, n_embd=2048,
+                             n_hidden=10944, norm_eps=1e-6, n_expert=64, n_expert_active=6, n_expert_shared=2,
+                             expert_hidden=1408, moe_first=1, router_norm=False),
+    "qwen1.5-moe-a2.7b": dict(QWEN2, vocab_size=151936, block_size=8192, n_layer=24, n_head=16, n_embd=2048,
+                              n_hidden=5632, n_expert=60, n_expert_active=4, n_expert_shared=4, expert_hidden=1408,
+                              shared_gate=True, router_norm=False),
+    "qwen3-30b-a3b": dict(LLAMA, vocab_size=151936, block_size=40960, n_layer=48, n_head=32, n_kv_head=4, n_embd=2048,
+                          head_dim=128, n_hidden=6144, norm_eps=1e-6, rope_theta=1e6, qk_norm=True, n_expert=128,
+                          n_expert_active=8, expert_hidden=768),
     "chatglm2-6b": dict(QWEN2, vocab_size=65024, block_size=32768, n_layer=28, n_head=32, n_kv_head=2, n_embd=4096,
                         n_hidden=13696, norm_eps=1e-5, rope_theta=1e4, rope_dim=64),
     "falcon-7b": dict(FALCON, vocab_size=65024, block_size=2048, n_layer=32, n_head=71, n_kv_head=1, n_embd=4544),
@@ -227,7 +266,24 @@ class Linear(nn.Linear):
             return y if bias is None else y + bias
         if bias is not None and torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
             return F.linear(x, weight) + bias  # the compiler turns a product alone, without a sum, into its own loop
+        return product(x, weight) if bias is None else product(x, weight, bias)
+
+
+COLUMNS = torch.backends.cpu.get_cpu_capability() == "AVX2"  # see product
+
+
+def product(x, weight, bias=None):
+    """
+    x Wᵀ + b. For 2 to 8 rows on a CPU of AVX2, MKL copies W first; the same product with columns, four at a time, does
+    not: 24 products of 4 x 768 and 768 x 3072 on a core of an EPYC take 50 ms and not 83, of one row 44. With AVX-512 it
+    is the other way round.
+    """
+    rows = x.numel() // x.shape[-1]
+    if not COLUMNS or x.is_cuda or not 1 < rows <= 8 or x.dtype != torch.float32 or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
+    columns = F.pad(x.view(rows, -1), (0, 0, 0, -rows % 4)).T
+    y = (weight @ columns)[:, :rows].T.reshape(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
 
 
 def to_float8(t, dtype):
@@ -596,13 +652,18 @@ class Attention(nn.Module):
         self.k = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.v = Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.o = Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
-        self.q_norm = Norm(c, c.head_dim, bias=False) if c.qk_norm else None
-        self.k_norm = Norm(c, c.head_dim, bias=False) if c.qk_norm else None
+        many = c.qk_norm_all  # entries that are normalized together: of all heads, or of each
+        self.q_norm = Norm(c, (c.n_head if many else 1) * c.head_dim, bias=False) if c.qk_norm else None
+        self.k_norm = Norm(c, (c.n_kv_head if many else 1) * c.head_dim, bias=False) if c.qk_norm else None
+        self.qk_norm_all = many
 
     def forward(self, x, rope, view, attention):
         B, T, _ = x.shape
-        q, k, v = (z.view(B, T, -1, self.head_dim) for z in joint(x, self.q, self.k, self.v))
-        if self.q_norm is not None:
+        q, k, v = joint(x, self.q, self.k, self.v)
+        if self.qk_norm_all and self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (z.view(B, T, -1, self.head_dim) for z in (q, k, v))
+        if self.q_norm is not None and not self.qk_norm_all:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
@@ -612,17 +673,25 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, width=0):
         super().__init__()
+        width = width or c.n_hidden
         self.act = (ACTIVATIONS | GATED)[c.act]
-        self.gate = Linear(c.n_embd, c.n_hidden, bias=c.mlp_bias) if c.act in GATED else None
-        self.up = Linear(c.n_embd, c.n_hidden, bias=c.mlp_bias)
-        self.down = Linear(c.n_hidden, c.n_embd, bias=c.mlp_bias)
+        self.gate = Linear(c.n_embd, width, bias=c.mlp_bias) if c.act in GATED else None
+        self.up = Linear(c.n_embd, width, bias=c.mlp_bias)
+        self.down = Linear(width, c.n_embd, bias=c.mlp_bias)
 
     def forward(self, x):
         if self.gate is None:
             return self.down(self.act(self.up(x)))
         return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+def feed_forward(c, layer):
+    if not c.moe_layers[layer]:
+        return MLP(c)
+    from moe import MoE
+    return MoE(c, MLP)
 
 
 class Block(nn.Module):
@@ -636,10 +705,10 @@ class Block(nn.Module):
     f is scaled by resid_scale, x + f by 1.
     """
 
-    def __init__(self, c):
+    def __init__(self, c, layer=0):
         super().__init__()
         self.norm1, self.attn = Norm(c), Attention(c)
-        self.norm2, self.mlp = Norm(c) if c.place != "parallel" else None, MLP(c)
+        self.norm2, self.mlp = Norm(c) if c.place != "parallel" else None, feed_forward(c, layer)
         self.norm1_out, self.norm2_out = (Norm(c), Norm(c)) if c.place == "sandwich" else (None, None)
         self.place, self.dropout, self.scale = c.place, c.dropout, c.resid_scale
         self.alpha = (2 * c.n_layer) ** 0.25 if c.place == "deepnorm" else 1.0
@@ -668,6 +737,7 @@ def decode_block(block, x, rope, slots):
 @functools.cache
 def compiled_decode_block(vector):
     """The same, compiled once for all layers. vector: of one token, whose products become sums in loops of their own."""
+    torch._dynamo.config.recompile_limit = 64  # a graph for each number of rows, tokens and size of cache
     return torch.compile(decode_block, dynamic=False, options={"coordinate_descent_tuning": True} if vector else None)
 
 
@@ -692,7 +762,7 @@ def fan_in(shape, c):
 
 GAINS = [("norm.weight", 1.0), ("norm1.weight", 1.0), ("norm2.weight", 1.0), ("norm1_out.weight", 1.0),
          ("norm2_out.weight", 1.0), (".bias", 0.0), ("scalar_head.weight", 0.0), ("rel_bias.weight", 0.0),
-         ("mix_x.", 1.0), ("mix_x0.", 0.0)]
+         ("mix_x.", 1.0), ("mix_x0.", 0.0), ("router.noise", 0.0)]
 
 INIT = {
     "gpt2": GAINS + [
@@ -1127,7 +1197,7 @@ class GPT(nn.Module):
         self.embd_in = Linear(c.embd_dim, c.n_embd, bias=False) if factorized else None
         self.embd_norm = Norm(c) if c.embd_norm else None
         self.rel_bias = nn.Embedding(32, c.n_head) if c.pos == "t5" else None  # of a distance's bucket, for all layers
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer // c.share))
+        self.blocks = nn.ModuleList(Block(c, l) for l in range(c.n_layer // c.share))
         self.mix_x = nn.Parameter(torch.empty(c.n_layer)) if c.resid_mix else None
         self.mix_x0 = nn.Parameter(torch.empty(c.n_layer)) if c.resid_mix else None
         self.norm = None if c.place in ("post", "deepnorm") else Norm(c)  # there each block ends with one
@@ -1262,6 +1332,9 @@ class GPT(nn.Module):
         B, T = (idx if embeds is None else embeds).shape[:2]
         T = T if self.layers.start == 0 or self.tp is None else T * dist.get_world_size(self.tp)
         device = self.device
+        if cache is not None and c.n_expert and c.router == "expert_choice":
+            raise BadInput("a model with --router expert_choice cannot generate: its experts choose among all the tokens "
+                           "of a text, later ones too; train it with another router for that")
         static = cache is not None and cache.static  # then the engine has counted
         first = 0 if self.virtual is None else self.virtual.tokens
         room = c.block_size - first if cache is None else min(c.block_size - first, cache.size) - cache.bound
@@ -1331,8 +1404,10 @@ class GPT(nn.Module):
     def logits(self, x):
         """Hidden states (..., C) -> logits (..., V), float32."""
         x, head = self.features(x), self.wte if self.head is None else self.head
-        product = getattr(head, "product", None)  # of quantize.py: reads the codes
-        logits = product(x) if product else x @ self.head_weight.to(x.dtype).T
+        if hasattr(head, "product") and not hasattr(head, "effective"):  # quantize.py's reads the codes
+            logits = head.product(x)
+        else:
+            logits = product(x, self.head_weight.to(x.dtype))
         return cap(logits[..., :self.config.vocab_size].float(), self.config.softcap)
 
     def forward(self, idx, targets=None, cache=None, positions=None, doc_ids=None, prefix=None, embeds=None,
@@ -1359,6 +1434,9 @@ class GPT(nn.Module):
         extra = {"z_loss": self.z_loss} if self.z_loss and self.training else {}
         loss = self.loss(x.flatten(0, 1), self.head_weight, targets.flatten(), self.config.vocab_size, reduction,
                          self.config.softcap, **extra)
+        if self.config.n_expert and self.training and reduction != "none" and torch.is_grad_enabled():
+            from moe import with_penalty
+            loss = with_penalty(loss, self, 1.0 if reduction == "mean" else (targets != -100).sum())
         if self.layers.start > 0:
             return loss.view(1)  # a pipeline passes tensors
         return None, loss.view(targets.shape) if reduction == "none" else loss
@@ -1611,7 +1689,8 @@ class Decoder:
     def prefill(self, rows, slots=None):
         """
         Put rows of ids into slots (default: all), with the logits of what follows each. Equal rows go through the model
-        once; shorter ones are padded on the right: what stands behind a row's end is never read.
+        once; shorter ones are padded on the right: what stands behind a row's end is never read. Returns the rows' last
+        hidden states, (B, C).
         """
         device, cache = self.token.device, self.cache
         slots = torch.arange(len(rows), device=device) if slots is None else slots
@@ -1627,12 +1706,14 @@ class Decoder:
         new.pos.copy_(lengths)
         cache.copy_rows(slots, new, whose)
         cache.even = len(slots) == len(cache.pos) and len({len(row) for row in place}) == 1
-        logits = self.model.logits(x[torch.arange(len(idx), device=device), lengths - 1])
+        last = x[torch.arange(len(idx), device=device), lengths - 1]
+        logits = self.model.logits(last)
         self.logits[slots] = logits[whose]
         if self.seen is not None:
             there = torch.arange(idx.shape[1], device=device) < lengths[:, None]
             counts = torch.zeros_like(logits, dtype=torch.int32).scatter_add_(1, idx, there.int())
             self.seen[slots] = counts[whose]
+        return last[whose]
 
     def hidden(self):
         """The current token's last hidden state (B, C), from which the head makes the next one's logits."""
@@ -1701,12 +1782,15 @@ class Decoder:
 
 def count_parameters(model):
     """
-    (all, those that multiply an activation): the second is the N of 6 N, every Linear as often as a token passes it,
-    and the head.
+    (all, those that multiply an activation): the second is the N of 6 N, every Linear as often as a token passes it, of
+    experts the active ones, and the head.
     """
     total = sum(p.numel() for p in model.parameters())
     matmul = sum(m.weight.numel() * (model.config.share if name.startswith("blocks.") else 1)
                  for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    if model.config.n_expert:  # a token meets some of the experts
+        from moe import idle_parameters, layers
+        matmul += sum(m.router.weight.numel() for m in layers(model)) - idle_parameters(model)
     return total, matmul + (model.wte.weight.numel() if model.head is None else 0)
 
 
@@ -1829,12 +1913,17 @@ def block_activations(c, size):
     C, A, K, gated = c.n_embd, c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.act in GATED
     (norms, vectors), stats = PLACE_SAVED[c.place], norm_stats(c)
     outer = (vectors + c.resid_mix) * C * size + norms * stats
+    dense, experts = 1 - sum(c.moe_layers) / c.n_layer, []  # the mean over layers with experts and without
+    if dense < 1:
+        from moe import activations
+        experts = [(what, full * (1 - dense), thin * (1 - dense), cut) for what, full, thin, cut in
+                   activations(c, size, ACT_SAVED[c.act], 1 + gated)]
     rows = [("norms, residual", outer, outer, False),
             ("q k v", (A + 2 * K) * size, 0, True),
             ("attention out", A * size + 4 * c.n_head, 0, True),
             ("q k before norm", c.qk_norm * ((A + K) * size + stats * (c.n_head + c.n_kv_head)), 0, True),
-            (f"mlp, {c.act}", *(n * c.n_hidden * size for n in (ACT_SAVED[c.act], 1 + gated)), True),
-            ("dropout masks", bool(c.dropout) * 2 * C, bool(c.dropout) * 2 * C, False)]
+            (f"mlp, {c.act}", *(n * c.n_hidden * size * dense for n in (ACT_SAVED[c.act], 1 + gated)), True),
+            *experts, ("dropout masks", bool(c.dropout) * 2 * C, bool(c.dropout) * 2 * C, False)]
     return [row for row in rows if row[1]]
 
 
@@ -2125,9 +2214,11 @@ def products(c, B, T, keys):
     linears = [(name, m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     for name, (out, into) in linears + ([("head", model.wte.weight.shape)] if c.tied else []):
         times, kind = c.share if name.startswith("blocks.") else 1, name.rsplit(".", 1)[-1]
-        old = sums.get(kind, (0, 0))
-        sums[kind] = (old[0] + times * 2 * B * T * into * out,
-                      old[1] + times * 2 * (B * T * (into + out) + into * out))
+        old, rows, read = sums.get(kind, (0, 0)), B * T, 1
+        if ".experts." in name:  # each sees its part of the rows, and where there are few rows, some see none
+            rows, read = rows * c.n_expert_active / c.n_expert, min(1, rows * c.n_expert_active / c.n_expert)
+        sums[kind] = (old[0] + times * 2 * rows * into * out,
+                      old[1] + times * 2 * (rows * (into + out) + read * into * out))
     width = 4 * c.n_layer * B * c.head_dim
     return sums | {"attention": (width * c.n_head * T * keys, width * (c.n_head * T + c.n_kv_head * keys))}
 
@@ -2600,9 +2691,13 @@ def shard(model, process, args=None, whole=lambda name, shape: False):
     parameters an optimizer must see whole (Muon's matrices); it may see a part of the others at a time (AdamW).
     """
     c, p = model.config, process
-    flags = {"recompute": "none", "offload": False, "pp_schedule": "1f1b"} | (vars(args) if args else {})
+    flags = {"recompute": "none", "offload": False, "pp_schedule": "1f1b", "ep": 1} | (vars(args) if args else {})
     check_layout(c, p, c.block_size)
     shapes = {name: tuple(t.shape) for name, t in model.named_parameters()}
+    model.own_experts, model.expert_copies = [], None  # names of parameters that other ranks lack, who has them too
+    if c.n_expert or flags["ep"] > 1:
+        from moe import spread_experts
+        model.own_experts, model.expert_copies = spread_experts(model, p, flags["ep"])
     if p.cp > 1:  # chunks r and 2 cp - 1 - r: all ranks see as many keys
         chunks = torch.arange(c.block_size, device=p.device).chunk(2 * p.cp)
         parts = [torch.cat((chunks[r], chunks[2 * p.cp - 1 - r])) for r in range(p.cp)]
@@ -2634,6 +2729,8 @@ def shard(model, process, args=None, whole=lambda name, shape: False):
         keep = {"reshard_after_forward": False} if p.mode == "zero2" else {}
         for block in model.blocks:
             if not isinstance(block, nn.Identity):
+                if hasattr(block.mlp, "router"):  # whose weights no gathering rounds
+                    fully_shard(block.mlp.router, **options | {"mp_policy": MixedPrecisionPolicy()})
                 fully_shard(block, **options, **keep)
         fully_shard(model, **options, **keep)
     return Sharded(model, p, shapes, whole, flags)
@@ -2682,11 +2779,14 @@ class Sharded:
         p, self.offload = process, bool(flags["offload"])
         self.sharded = p.world > 1 and p.mode in ("zero2", "fsdp", "hsdp")
         self.plain = not self.offload and (p.world == 1 or p.mode == "ddp" and p.tp == p.pp == p.cp == 1)
+        self.plain = self.plain and not model.own_experts
         self.pipeline = Pipeline(model, process, flags["pp_schedule"]) if p.pp > 1 else None
         self.forward = model
         if p.replicate > 1 and not self.sharded and p.pp == 1:
-            self.forward = nn.parallel.DistributedDataParallel(  # without a second copy of the gradients
-                model, process_group=p.groups["replicate"], gradient_as_bucket_view=True)
+            DDP = nn.parallel.DistributedDataParallel
+            DDP._set_params_and_buffers_to_ignore_for_model(model, model.own_experts)
+            self.forward = DDP(model, process_group=p.groups["replicate"], broadcast_buffers=False,  # tables and counts
+                               gradient_as_bucket_view=True)  # without a second copy of the gradients
         self.parts = {name: local(t.detach()) for name, t in model.named_parameters()}
         self.owner, self.keeper = {}, {}  # name -> its rank in the group "stage" (whole), "replicate" (zero1)
         self.stand_in = model if self.plain else self.make_stand_in(whole)
@@ -2713,7 +2813,8 @@ class Sharded:
         """How many ranks hold the same part of a parameter."""
         p = self.process
         twice = name == "wte.weight" and self.model.config.tied and p.pp > 1
-        return p.replicate * (1 if tp_dim(name) is not None else p.tp) * (2 if twice else 1)
+        replicate = dist.get_world_size(self.model.expert_copies) if name in self.model.own_experts else p.replicate
+        return replicate * (1 if tp_dim(name) is not None else p.tp) * (2 if twice else 1)
 
     # the optimizers' side
 
@@ -2803,6 +2904,9 @@ class Sharded:
         if p.pp > 1 and p.replicate > 1 and not self.sharded:
             self.add(grads.values(), groups["replicate"])
             torch._foreach_div_(list(grads.values()), p.replicate)
+        if experts := [grads[n] for n in self.model.own_experts if n in grads]:  # the others' tokens are in them already
+            self.add(experts, self.model.expert_copies)
+            torch._foreach_div_(experts, p.world)
         if p.tp > 1:
             self.add([g for n, g in grads.items() if tp_dim(n) is None], groups["tp"])
         if self.pipeline is not None and self.model.config.tied:
@@ -3049,26 +3153,34 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
-def save_safetensors(tensors, path, metadata=None):
-    """Write a dict of name -> tensor; metadata: dict of str -> str."""
+def write_safetensors(path, entries, pieces, metadata=None):
+    """
+    Write tensors as they are made. entries {name: (dtype, shape)}; pieces: tensors that, one behind the other, are those
+    of the entries, in order and of their dtypes; metadata: dict of str -> str.
+    """
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, offset = {"__metadata__": metadata} if metadata else {}, 0
-    for name, t in tensors.items():
-        size = t.numel() * t.element_size()
-        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + size]}
+    for name, (dtype, shape) in entries.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors start aligned
     with replace_file(path) as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for t in tensors.values():
+        for t in pieces:
             f.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def load_safetensors(path):
+def save_safetensors(tensors, path, metadata=None):
+    """Write a dict of name -> tensor; metadata: dict of str -> str."""
+    write_safetensors(path, {name: (t.dtype, t.shape) for name, t in tensors.items()}, tensors.values(), metadata)
+
+
+def scan_safetensors(path):
     """
-    name -> tensor, mapped from the file: bytes are read when they are used. Every length, shape and offset is
-    checked against the file first, so a truncated or forged file is a BadInput and never a wild read.
+    {name: (dtype, shape, first byte)} in the file's order. Every length, shape and offset is checked against the file,
+    so a truncated or forged file is a BadInput and never a wild read.
     """
     try:
         size = os.path.getsize(path)
@@ -3077,26 +3189,37 @@ def load_safetensors(path):
             if size < 8 or n > min(size - 8, 100 << 20):
                 raise ValueError(f"its header of {n} bytes does not fit in {size}")
             header = json.loads(f.read(n))
-        raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + n:]
-        tensors, covered = {}, 0
+        entries, covered, room = {}, 0, size - 8 - n
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (start, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if not all(isinstance(d, int) and d >= 0 for d in (*shape, start, end)):
                 raise ValueError(f"{name} has a shape or offset that is not a count")
-            if start != covered or end - start != math.prod(shape) * dtype.itemsize or end > len(raw):
-                raise ValueError(f"{name} claims bytes {start} to {end} of {len(raw)}")
-            covered, data = end, raw[start:end]
-            if data.storage_offset() % dtype.itemsize:
-                data = data.clone()  # a header of odd length: views need alignment
-            tensors[name] = data.view(dtype).view(shape)
-        if covered != len(raw):
-            raise ValueError(f"{len(raw) - covered} bytes belong to no tensor")
-        return tensors
+            if start != covered or end - start != math.prod(shape) * dtype.itemsize or end > room:
+                raise ValueError(f"{name} claims bytes {start} to {end} of {room}")
+            covered, entries[name] = end, (dtype, tuple(shape), 8 + n + start)
+        if covered != room:
+            raise ValueError(f"{room - covered} bytes belong to no tensor")
+        return entries
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist: give --init or --out the folder of a finished run") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise BadInput(f"{path} is not a sound safetensors file ({error}): copy or save it again") from None
+
+
+def load_safetensors(path):
+    """name -> tensor, mapped from the file: bytes are read when they are used. BadInput as of scan_safetensors."""
+    entries, tensors = scan_safetensors(path), {}
+    try:
+        raw = torch.from_file(str(path), shared=False, size=os.path.getsize(path), dtype=torch.uint8)
+    except (RuntimeError, OSError) as error:
+        raise BadInput(f"{path} cannot be mapped ({error}): copy or save it again") from None
+    for name, (dtype, shape, start) in entries.items():
+        data = raw[start:start + math.prod(shape) * dtype.itemsize]
+        if start % dtype.itemsize:
+            data = data.clone()  # a header of odd length: views need alignment
+        tensors[name] = data.view(dtype).view(shape)
+    return tensors
 
 
 # -----------------------------------------------------------------------------
@@ -3161,6 +3284,9 @@ def build_model(config, tensors, source, device="cpu", dtype=torch.float32, quan
                           assign=True)
     for name, table in position_tables(config).items():  # meta until now
         setattr(model, name, table.to(device))
+    if config.n_expert:
+        from moe import fill_buffers
+        fill_buffers(model, tensors, device)
     model.compute_dtype = dtype
     return model
 
@@ -3190,6 +3316,10 @@ OPT_FIELDS = dict(vocab_size="vocab_size", block_size="max_position_embeddings",
 FALCON_FIELDS = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers",
                      n_head="num_attention_heads", n_embd="hidden_size", n_hidden="ffn_hidden_size", bias="bias",
                      norm_eps="layer_norm_epsilon", tied="tie_word_embeddings")
+MIXTRAL_FIELDS = LLAMA_FIELDS | dict(n_expert="num_local_experts", n_expert_active="num_experts_per_tok")
+QWEN_MOE_FIELDS = LLAMA_FIELDS | dict(n_expert="num_experts", n_expert_active="num_experts_per_tok",
+                                      expert_hidden="moe_intermediate_size", router_norm="norm_topk_prob")
+OLMOE_FIELDS = {ours: theirs for ours, theirs in QWEN_MOE_FIELDS.items() if ours != "expert_hidden"}
 BLOOM_FIELDS = dict(vocab_size="vocab_size", block_size="seq_length", n_layer="n_layer", n_head="n_head",
                     n_embd="hidden_size", norm_eps="layer_norm_epsilon", tied="tie_word_embeddings")
 
@@ -3274,6 +3404,59 @@ def read_qwen3(hf):
     return read_qwen2(hf) | dict(qkv_bias=None, head_dim=hf.get("head_dim", 128))
 
 
+def read_router(hf, norm):
+    """Their coefficient is of a loss that is k when balanced, ours of one that is 1. norm: do the weights sum to 1?"""
+    k = hf.get("num_experts_per_tok") or 2
+    if norm and k == 1:
+        raise BadInput("config.json divides the weight of one expert by itself, which is not supported")
+    return dict(aux_loss=k * hf.get("router_aux_loss_coef", 0.001), router_norm=norm)
+
+
+def write_router(c, norm=True):
+    """Of Qwen's and OLMoE's; Mixtral has no choice of norm."""
+    return {"router_aux_loss_coef": c.aux_loss / c.n_expert_active} | (
+        {"norm_topk_prob": c.router_norm and c.n_expert_active > 1} if norm else {})
+
+
+def read_mixtral(hf):
+    window = dict(attn="window", window=hf["sliding_window"]) if hf.get("sliding_window") else {}
+    return read_llama(hf) | window | read_router(hf, True) | dict(n_kv_head=hf.get("num_key_value_heads", 8))
+
+
+def write_mixtral(c):
+    return write_mistral(c) | write_router(c, False) | {"intermediate_size": c.expert_hidden}
+
+
+def read_qwen_moe(hf):
+    dense, width = sorted(hf.get("mlp_only_layers") or []), hf.get("moe_intermediate_size", 768)
+    shared = hf.get("shared_expert_intermediate_size", 5632) if hf["model_type"] == "qwen2_moe" else 0
+    if dense != list(range(len(dense))) or shared % width:
+        raise BadInput(f"config.json has dense layers {dense} and shared experts of width {shared}: only leading layers, and "
+                       f"a multiple of an expert's {width}, are supported")
+    if hf.get("use_sliding_window"):
+        raise BadInput("config.json of a Qwen mixture of experts with a sliding window is not supported")
+    own = dict(qkv_bias=hf.get("qkv_bias", True), shared_gate=True) if shared else {}
+    own |= {"n_expert": hf["num_local_experts"]} if hf.get("num_local_experts") else {}  # transformers 5's name
+    return read_llama(hf) | read_router(hf, hf.get("norm_topk_prob", False)) | own | dict(
+        n_expert_shared=shared // width, moe_first=len(dense), moe_every=hf.get("decoder_sparse_step", 1))
+
+
+def write_qwen_moe(c):
+    return write_llama(c) | write_router(c) | {
+        "shared_expert_intermediate_size": c.n_expert_shared * c.expert_hidden, "mlp_only_layers": list(range(c.moe_first)),
+        "decoder_sparse_step": c.moe_every, "qkv_bias": c.qkv_bias, "use_sliding_window": False}
+
+
+def read_olmoe(hf):
+    if hf.get("clip_qkv"):
+        raise BadInput("config.json clips queries, keys and values, which is not supported")
+    return read_llama(hf) | read_router(hf, hf.get("norm_topk_prob", False))
+
+
+def write_olmoe(c):
+    return write_llama(c) | write_router(c) | {"intermediate_size": c.expert_hidden}
+
+
 def read_gpt2(hf):
     if hf.get("scale_attn_by_inverse_layer_idx") or not hf.get("scale_attn_weights", True):
         raise BadInput("config.json scales attention by layer, which is not supported")
@@ -3320,6 +3503,12 @@ LLAMA_NAMES = {"wte": "model.embed_tokens", "norm": "model.norm", "head": "lm_he
                "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
                "attn.o": "self_attn.o_proj", "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
                "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
+MIXTRAL_NAMES = LLAMA_NAMES | {
+    "mlp.router": "block_sparse_moe.gate", "mlp.experts.*.gate": "block_sparse_moe.experts.*.w1",
+    "mlp.experts.*.up": "block_sparse_moe.experts.*.w3", "mlp.experts.*.down": "block_sparse_moe.experts.*.w2"}
+QWEN_MOE_NAMES = LLAMA_NAMES | {"mlp.router": "mlp.gate", "mlp.shared_gate": "mlp.shared_expert_gate"} | {
+    f"mlp.{ours}.{part}": f"mlp.{theirs}.{part}_proj" for part in ("gate", "up", "down")
+    for ours, theirs in (("experts.*", "experts.*"), ("shared", "shared_expert"))}
 GPT2_NAMES = {"wte": "transformer.wte", "wpe": "transformer.wpe", "norm": "transformer.ln_f", "head": "lm_head",
               "layer": "transformer.h.", "norm1": "ln_1", "norm2": "ln_2", "attn.qkv": "attn.c_attn",
               "attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
@@ -3344,6 +3533,15 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", LLAMA, LLAMA_FIELDS, LLAMA_NAMES, read_mistral, write_mistral),
     "qwen2": Family("Qwen2ForCausalLM", LLAMA, LLAMA_FIELDS, LLAMA_NAMES, read_qwen2, write_qwen2),
     "qwen3": Family("Qwen3ForCausalLM", dict(LLAMA, qk_norm=True), LLAMA_FIELDS, LLAMA_NAMES, read_qwen3, write_qwen2),
+    "mixtral": Family("MixtralForCausalLM", dict(LLAMA, n_expert=8), MIXTRAL_FIELDS, MIXTRAL_NAMES, read_mixtral,
+                      write_mixtral),
+    "qwen2_moe": Family("Qwen2MoeForCausalLM", dict(LLAMA, n_expert=60, n_expert_active=4, expert_hidden=1408),
+                        QWEN_MOE_FIELDS, QWEN_MOE_NAMES, read_qwen_moe, write_qwen_moe),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", dict(LLAMA, qk_norm=True, n_expert=128, n_expert_active=8,
+                                                    expert_hidden=768), QWEN_MOE_FIELDS, QWEN_MOE_NAMES, read_qwen_moe,
+                        write_qwen_moe),
+    "olmoe": Family("OlmoeForCausalLM", dict(LLAMA, qk_norm=True, qk_norm_all=True, n_expert=64, n_expert_active=8),
+                    OLMOE_FIELDS, QWEN_MOE_NAMES, read_olmoe, write_olmoe),
     "openai-gpt": Family("OpenAIGPTLMHeadModel", GPT1, GPT1_FIELDS,
                          GPT2_NAMES | {"wte": "transformer.tokens_embed", "wpe": "transformer.positions_embed"},
                          read_gpt1, lambda c: {"afn": "gelu" if c.act == "gelu_tanh" else TO_HF.get(c.act)}),
@@ -3377,7 +3575,26 @@ def canonical(c):
         del d[name]
     if c.pos != "rope":
         del d["rope_dim"], d["rope_scaling"]
-    return d | {"attn_kinds": c.attn_kinds}
+    if not c.qk_norm or c.n_head == c.n_kv_head == 1:
+        del d["qk_norm_all"]
+    return canonical_experts(c, d) | {"attn_kinds": c.attn_kinds}
+
+
+def canonical_experts(c, d):
+    """d without what says how experts are trained, or nothing."""
+    for name in ("aux_loss", "router_z_loss", "bias_rate", "capacity", "moe_every", "moe_first"):
+        del d[name]
+    if not c.n_expert:
+        names = ("n_expert_active", "n_expert_shared", "expert_hidden", "router", "router_norm", "router_scale", "shared_gate")
+        return {name: value for name, value in d.items() if name not in names}
+    d |= {"moe_layers": c.moe_layers, "router_norm": c.router_norm and c.n_expert_active > 1}
+    if c.router in ("switch", "gshard"):  # alike when nothing is drawn
+        d |= {"router": "softmax", "router_norm": c.router == "gshard"}
+    if all(c.moe_layers):
+        del d["n_hidden"]
+    if c.router != "sigmoid":
+        del d["router_scale"]
+    return d
 
 
 def to_hf_config(c):
@@ -3429,13 +3646,16 @@ def hf_places(kind, c):
     with torch.device("meta"):
         ours = list(GPT(c).state_dict())
     for name in ours:
-        part, tensor = name.rsplit(".", 1)
-        prefix = ""
+        (part, tensor), prefix, number = name.rsplit(".", 1), "", ""
         if part.startswith("blocks."):
             _, layer, part = part.split(".", 2)
             prefix = f"{names['layer']}{layer}."
+        if part.startswith("mlp.experts."):
+            _, _, number, kind_of = part.split(".")
+            part = f"mlp.experts.*.{kind_of}"
         fused = part in ("attn.q", "attn.k", "attn.v") and "attn.qkv" in names
-        yield name, f"{prefix}{names['attn.qkv' if fused else part]}.{tensor}", part, fused
+        there = names["attn.qkv" if fused else part].replace("*", number)
+        yield name, f"{prefix}{there}.{tensor}", part, fused
 
 
 IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "position_ids")  # buffers of older files
@@ -3497,27 +3717,35 @@ def to_hf_tensors(model, kind):
     return theirs
 
 
-def load_shards(path):
-    """name -> tensor of a folder: model.safetensors, or the files that its index names. Pickles are never read."""
+def shard_files(path):
+    """{safetensors file of a folder: tensors that its index says are there}. Pickles are never read."""
     index = path / "model.safetensors.index.json"
     if (path / "model.safetensors").exists() or not index.exists():
         if not (path / "model.safetensors").exists() and (old := [*path.glob("*.bin"), *path.glob("*.pt*")]):
             raise BadInput(f"{path} holds {old[0].name}, a pickle, which can run code and is never read: convert it to "
                            f"safetensors first")
-        return load_safetensors(path / "model.safetensors")
+        return {path / "model.safetensors": []}
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(weight_map.values()))
+        files = {}
+        for name, file in json.loads(index.read_text())["weight_map"].items():
+            files.setdefault(file, []).append(name)
+        files = {file: files[file] for file in sorted(files)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{index} cannot be read ({error!r}): download it again") from None
-    tensors = {}
     for file in files:
         if Path(file).name != file or not (path / file).exists():
             raise BadInput(f"{path} lacks {file}, a shard that its index names: download it again")
-        tensors |= load_safetensors(path / file)
-    missing = sorted(weight_map.keys() - tensors.keys())
-    if missing:
-        raise BadInput(f"{path} lacks tensor {missing[0]}, which its index names: download it again")
+    return {path / file: names for file, names in files.items()}
+
+
+def load_shards(path, load=load_safetensors):
+    """What load returns for each tensor of a folder's files, by name: the tensor, or what scan_safetensors says of it."""
+    tensors = {}
+    for file, names in shard_files(path).items():
+        tensors |= load(file)
+        missing = sorted(set(names) - tensors.keys())
+        if missing:
+            raise BadInput(f"{path} lacks tensor {missing[0]}, which its index names: download it again")
     return tensors
 
 
@@ -3615,7 +3843,11 @@ def info(args):
         print(f"{name:14} {value}" + ("" if value == default[name] else "  *"))
     total, matmul = count_parameters(model)
     T = model.config.block_size
-    print(f"{total:,} parameters, {matmul:,} of them in matrix products; "
+    active = ""
+    if model.config.n_expert:
+        from moe import idle_parameters
+        active = f"{total - idle_parameters(model):,} of them active for a token, "
+    print(f"{total:,} parameters, {active}{matmul:,} {'' if active else 'of them '}in matrix products; "
           f"{flops_per_token(model, T):,} training FLOPs a token at T {T}; * not nano's")
 
 

@@ -17,6 +17,7 @@ import argparse
 import bisect
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -316,13 +317,26 @@ def answer(model, tokenizer, args, prompts, max_new_tokens, batch=128):
     return texts
 
 
+def held_out_chats(parts, limit, args):
+    """The first validation rows that are conversations which the assistant ends."""
+    chats = (data.conversation(row, where, args.template).get("messages") for where, row in parts["val"])
+    chats = (turns for turns in chats if turns and len(turns) > 1 and turns[-1]["role"] == "assistant")
+    return list(itertools.islice(chats, limit))
+
+
+def show(model, tokenizer, args, sets, say):
+    """Answers to the first --show held-out questions, to read."""
+    chats = [turns for parts in sets.values() for turns in held_out_chats(parts, args.show, args)][:args.show]
+    for turns, text in zip(chats, answer(model, tokenizer, args, [turns[:-1] for turns in chats], 120)):
+        say("    " + turns[-2]["content"].replace("\n", "\n    ") + "\n  > " + text.strip().replace("\n", "\n    "))
+
+
 def report(model, tokenizer, args, sets, say):
     """Ask the validation rows' last question of each set and count the answers that are right -> metrics."""
     right = {}
     for name, parts in sets.items():
         limit = args.eval_answers if args.eval_answers is not None else 300 if name in ("bios", "arithmetic") else 0
-        chats = [data.conversation(row, where, args.template).get("messages") for where, row in parts["val"][:limit]]
-        chats = [turns for turns in chats if turns and len(turns) > 1 and turns[-1]["role"] == "assistant"]
+        chats = held_out_chats(parts, limit, args)
         if not chats:
             continue
         longest = max(len(tokenizer.encode(turns[-1]["content"])) for turns in chats)
@@ -540,6 +554,7 @@ def get_args(argv=None):
     # looking
     add("--eval_every", type=int, default=100, help="steps; 0: only at the end")
     add("--eval_answers", type=int, help="questions asked at the end (default: 300 of bios and arithmetic); 0: none")
+    add("--show", type=int, default=0, help="held-out questions whose answers are printed before and after")
     add("--patience", type=int, default=0, help="stop after so many validations without a lower loss, and keep the best")
     add("--save_every", type=int, default=0, help="steps between saves to --resume from; 0: only at the end")
     add("--log_every", type=int, default=10)
@@ -741,12 +756,19 @@ def main():
         else:
             lora.save(out, model, run, base, whole)
 
+    if args.show and main_process and sharded.plain:
+        say("before:")
+        show(model, tokenizer, args, raw, say)
+    if val and args.eval_every and step == 0:
+        before = validate(sharded, val, args, T, process)
+        say("step 0: " + "  ".join(f"{name} {value:.4f}" for name, value in before.items()), flush=True)
+
     # loop
     stop = []
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: stop.append(True))
     sharded.train()
-    pending, metrics, restarted, clock, timed = [], {}, 0, time.time(), [0, 0.0]
+    pending, metrics, restarted, read, clock, timed = [], {}, 0, 0, time.time(), [0, 0.0]
     while step < args.steps and not stop:
         _, chosen = epochs.at(step)
         count = max(1, asked(epochs.examples, chosen))
@@ -785,6 +807,7 @@ def main():
             optimizer.state.clear()
             restarted = step
         pending.append((torch.cat((all_reduce(losses), norm.view(1))), args.lr * share))
+        read += sum(len(epochs.examples[e][0]) - 1 for row in chosen for e in row) + mixed * T  # padding is not text
         last = step == args.steps
         if last or step % args.log_every == 0 or step == 1:
             for i, (stats, lr) in enumerate(pending):
@@ -796,11 +819,11 @@ def main():
                 if not math.isfinite(loss):
                     raise BadInput(f"the loss is {loss} at step {line['step']}: lower --lr or raise --warmup")
             seconds = time.time() - clock
-            timed = [timed[0] + len(pending) * rows * T, timed[1] + seconds] if step > 1 else timed
+            timed = [timed[0] + read, timed[1] + seconds] if step > 1 else timed  # the first step compiles
             say(f"step {step}/{args.steps}  loss {loss:.4f}  " + (f"mix {line['mix_loss']:.4f}  " if mixed else "")
                 + f"lr {lr:.2e}  norm {norm:.2f}  epoch {epochs.at(step - 1)[0] + 1}  "
-                f"{len(pending) * rows * T / seconds:,.0f} tok/s  {peak_memory(device) / 2 ** 30:.2f} GiB", flush=True)
-            pending, clock = [], time.time()
+                f"{read / seconds:,.0f} tok/s  {peak_memory(device) / 2 ** 30:.2f} GiB", flush=True)
+            pending, read, clock = [], 0, time.time()
         if val and (last or args.eval_every and step % args.eval_every == 0):
             metrics = validate(sharded, val, args, T, process)
             say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
@@ -830,6 +853,9 @@ def main():
             model = load_run(out, device)[0]
             model.compute_dtype = dtype
         model.eval()
+        if args.show:
+            say("after:")
+            show(model, tokenizer, args, raw, say)
         metrics = metrics | report(model, tokenizer, args, raw, say)
         if timed[1]:
             metrics |= {"tokens_per_s": round(timed[0] / timed[1])}

@@ -28,6 +28,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
+import moe
 from bpe import BadInput, cli, replace_file
 from model import (GPT, GPTConfig, PARALLEL, PRESETS, AdamW8bit, adamw_groups, all_reduce, check_layout,
                    count_parameters, flops_per_token, init_weights, load_run, load_safetensors, peak_flops, peak_memory, save_run,
@@ -378,6 +379,9 @@ class Trainer:
         self.ema_decay = args.ema  # e ← decay · e + (1 - decay) · w after each step, float32, from the first weights
         self.ema = {name: p.detach().float().clone() for name, p in model.named_parameters()} if args.ema else {}
         self.graphs, self.batch = [] if graphs else None, None
+        params = dict(model.named_parameters())  # and what is saved beside them: biases that balance experts
+        saved = model.state_dict().keys() - params.keys()
+        self.buffers = {name: b for name, b in model.named_buffers() if name in saved}
 
     def micro_step(self, x, y, last=True, prefix=None):
         """Add the gradient and the loss of x, y (B, T) to the step's; ranks talk only at its last micro-batch."""
@@ -437,12 +441,14 @@ class Trainer:
             optimizer.zero_grad(set_to_none=self.graphs is None)
         self.sharded.publish()
         self.scaler.update()
+        if self.model.config.n_expert:
+            moe.balance(self.model)
         if self.ema:
             weights = [p.detach().float() for p in self.model.parameters()]
             torch._foreach_lerp_(list(self.ema.values()), weights, 1 - self.ema_decay)
 
     def record(self, x, y):
-        tensors = lambda: [*self.model.parameters(), *self.ema.values(),
+        tensors = lambda: [*self.model.parameters(), *self.buffers.values(), *self.ema.values(),
                            *(t for o in self.optimizers for s in o.state.values() for t in s.values())]
         before = {id(t): t.detach().clone() for t in tensors()}
         self.batch = x.clone(), y.clone()
@@ -487,11 +493,14 @@ class Trainer:
 
     def state_dict(self, sharded=False):
         """Whole tensors on rank 0, or the parts of every rank; see model.Sharded."""
-        return self.sharded.state_dict(self.optimizers, sharded) | {"scaler": self.scaler.state_dict(), "ema": self.ema}
+        return self.sharded.state_dict(self.optimizers, sharded) | {
+            "scaler": self.scaler.state_dict(), "ema": self.ema, "buffers": {n: b.cpu() for n, b in self.buffers.items()}}
 
     def load_state_dict(self, state):
         self.sharded.load_state_dict(state, self.optimizers)
         self.scaler.load_state_dict(state["scaler"])
+        for name, b in self.buffers.items():
+            b.copy_(state["buffers"][name])
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 if self.ema:
@@ -568,6 +577,7 @@ def get_args(argv=None):
     add("--pp", type=int, default=1, help="pipeline parallelism: stages of layers")
     add("--pp_schedule", default="1f1b", choices=["gpipe", "1f1b"])
     add("--cp", type=int, default=1, help="context parallelism: processes that share each sequence")
+    add("--ep", type=int, default=1, help="expert parallelism: processes that share each layer's experts, see moe.py")
     add("--recompute", default="none", choices=["none", "block", "selective"],
         help="in the backward pass, for memory: whole blocks, or all but matrix products and attention")
     add("--offload", default=False, **flag, help="optimizer state and the weights it steps in main memory")
@@ -652,13 +662,14 @@ def save_optim(out, trainer, process, sharded, **rest):
         if process.rank == 0:
             groups = [{"state": {}, "param_groups": o["param_groups"]} for o in state["optimizers"]]
             with replace_file(path) as f:
-                torch.save({"model": {}, "optimizers": groups, "scaler": state["scaler"], "files": names, **rest}, f)
+                torch.save({"model": {}, "optimizers": groups, "scaler": state["scaler"], "buffers": state["buffers"],
+                            "files": names, **rest}, f)
         state = {"model": {key[1]: t for key, t in trainer.sharded.gather(trainer.sharded.held()).items()}}
     if process.rank == 0:
         for old in path.parent.glob("optim-*-of-*.pt"):
             if not sharded or old.name not in names:
                 old.unlink()
-    return state.get("model", {})
+    return state.get("model", {}) | {name: b.cpu() for name, b in trainer.buffers.items()}
 
 
 def start_run(out):
@@ -701,6 +712,8 @@ def main():
         if not main_process:
             folders, tokenizer = data.prepare(args.data, args.tokenizer, args.vocab_size, args.input)
     config = make_config(args, tokenizer.n_vocab)
+    for sentence in moe.warnings(config):
+        say(f"warning: {sentence}")
     T = config.block_size
     check_layout(config, process, T)
     rows, micro, accumulate = split_batch(args, T, process)
@@ -762,7 +775,8 @@ def main():
             tokenizer.save(out)
         log = open(out / "log.jsonl", "a")
     peak = peak_flops(device)
-    say(f"{total / 1e6:.2f}M parameters, {matmul / 1e6:.2f}M in matrix products; {rows} rows x {T} tokens a step in "
+    active = f"{(total - moe.idle_parameters(model)) / 1e6:.2f}M active, " if config.n_expert and args.ep == 1 else ""
+    say(f"{total / 1e6:.2f}M parameters, {active}{matmul / 1e6:.2f}M in matrix products; {rows} rows x {T} tokens a step in "
         f"{accumulate} x {process.dp_world} micro-batches"
         + (f", {levels} times as many after {(levels - 1) * length} steps" if levels > 1 else "")
         + f"; {device}, {args.dtype}, {args.optimizer}\n"
@@ -838,9 +852,12 @@ def main():
             stats = torch.stack([s for s, _ in pending] + [torch.full((2,), float(bool(stop)), device=device)])
             *stats, (stopped, _) = (all_reduce(stats) / process.world).tolist()
             interrupted, seconds = stopped > 0, time.time() - clock
+            experts = moe.take_stats(model) if config.n_expert else {}
             if step > first + 1:  # the first step compiles
                 timed = [timed[0] + tokens, timed[1] + seconds]
             tokens_per_s = tokens / seconds
+            if experts:
+                pending[-1][1]["experts"] = experts
             for (loss, norm), (_, line) in zip(stats, pending):
                 line.update(loss=round(loss, 5), grad_norm=round(norm, 4), tokens_per_s=round(tokens_per_s))
                 if main_process:
@@ -856,6 +873,7 @@ def main():
             say(f"step {line['step']}/{args.steps}  loss {loss:.4f}  lr {line['lr']:.2e}  norm {norm:.2f}  "
                 f"{tokens_per_s:,.0f} tok/s  {mfu}  {peak_memory(device) / 2 ** 30:.2f} GiB"
                 + (f"  {line['batch_tokens']:,} tokens a step" if levels > 1 else "")
+                + (moe.describe(experts) if experts else "")
                 + (f"  {left[0]}:{left[1]:02} left" if left else ""), flush=True)
             pending, tokens, clock = [], 0, time.time()
         if evaluating and not interrupted and not rewound and (step > first or last):
@@ -944,7 +962,8 @@ def main():
             model.load_state_dict(load_safetensors(out / "model.safetensors"))
         elif trainer.ema:
             model.load_state_dict(trainer.ema)
-        metrics = metrics | report(model, tokenizer, folders, say)
+        if not (config.n_expert and config.router == "expert_choice"):  # which cannot generate
+            metrics = metrics | report(model, tokenizer, folders, say)
         if timed[0]:
             tokens_per_s = timed[0] / timed[1]
             metrics |= {"tokens_per_s": round(tokens_per_s), "peak_memory": peak_memory(device)}

@@ -726,7 +726,8 @@ class Block(nn.Module):
 
     def branch(self, y, norm=None):
         y = y if norm is None else norm(y)
-        return F.dropout(y if self.scale == 1 else self.scale * y, self.dropout, self.training)
+        y = y if self.scale == 1 else self.scale * y
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
 
 def decode_block(block, x, rope, slots):
@@ -2583,7 +2584,7 @@ class VocabularyCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, softcap, chunk, group):
+    def forward(ctx, x, weight, targets, vocab_size, softcap, chunk, group, z_loss):
         w, rows = weight.to(x.dtype), weight.shape[0]
         ids = torch.arange(rows, device=x.device) + dist.get_rank(group) * rows
         losses, dx, dw = [], [], 0.0
@@ -2597,9 +2598,11 @@ class VocabularyCrossEntropy(torch.autograd.Function):
             sums = torch.stack((exp.sum(-1), logits.masked_fill(~hit, 0).sum(-1)))
             dist.all_reduce(sums, group=group)
             total, target = sums
-            losses.append((total.log() + top - target) * counts)
+            log_z = total.log() + top
+            losses.append((log_z - target + z_loss * log_z.square()) * counts)
             if any(ctx.needs_input_grad[:2]):
-                grad = (exp / total.unsqueeze(1) - hit.float()) * counts.unsqueeze(1)
+                p = exp * ((1 + 2 * z_loss * log_z) / total).unsqueeze(1)
+                grad = (p - hit.float()) * counts.unsqueeze(1)
                 if softcap:
                     grad = grad * (1 - (logits / softcap).clamp(min=-1).square())
                 grad = grad.to(x.dtype)
@@ -2614,13 +2617,14 @@ class VocabularyCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, None, None, None, None, None
+        return dx * grad, dw * grad, None, None, None, None, None, None
 
 
-def vocabulary_cross_entropy(x, weight, targets, vocab_size, reduction="mean", softcap=0.0, chunk=0, group=None):
+def vocabulary_cross_entropy(x, weight, targets, vocab_size, reduction="mean", softcap=0.0, chunk=0, group=None,
+                             z_loss=0.0):
     """linear_cross_entropy of a head whose rows are spread over a group; reduction "none" has no gradient."""
     chunk = chunk or max(1, 2 ** 28 // weight.shape[0])
-    total, losses = VocabularyCrossEntropy.apply(x, weight, targets, vocab_size, softcap, chunk, group)
+    total, losses = VocabularyCrossEntropy.apply(x, weight, targets, vocab_size, softcap, chunk, group, z_loss)
     if reduction == "none":
         return losses
     return total if reduction == "sum" else total / (targets != -100).sum().clamp(min=1)

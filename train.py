@@ -377,7 +377,7 @@ class Trainer:
         self.loss, self.norm = (torch.zeros((), device=process.device) for _ in range(2))
         self.parts = torch.full((), float(accumulate), device=process.device)  # what a micro-batch's loss is divided by
         self.ema_decay = args.ema  # e ← decay · e + (1 - decay) · w after each step, float32, from the first weights
-        self.ema = {name: p.detach().float().clone() for name, p in model.named_parameters()} if args.ema else {}
+        self.ema = {name: t.float().clone() for name, t in self.sharded.parts.items()} if args.ema else {}
         self.graphs, self.batch = [] if graphs else None, None
         params = dict(model.named_parameters())  # and what is saved beside them: biases that balance experts
         saved = model.state_dict().keys() - params.keys()
@@ -444,7 +444,7 @@ class Trainer:
         if self.model.config.n_expert:
             moe.balance(self.model)
         if self.ema:
-            weights = [p.detach().float() for p in self.model.parameters()]
+            weights = [t.float() for t in self.sharded.parts.values()]
             torch._foreach_lerp_(list(self.ema.values()), weights, 1 - self.ema_decay)
 
     def record(self, x, y):
@@ -473,8 +473,8 @@ class Trainer:
     @contextmanager
     def averaged(self):
         """The model with its averaged weights, where there are some."""
-        params = dict(self.model.named_parameters()) if self.ema else {}
-        kept = {name: p.detach().clone() for name, p in params.items()}
+        params = self.sharded.parts if self.ema else {}
+        kept = {name: t.clone() for name, t in params.items()}
         try:
             with torch.no_grad():
                 for name, p in params.items():
@@ -491,10 +491,18 @@ class Trainer:
                 lr = group["peak_lr"] * share
                 group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else group.update(lr=lr)
 
+    def whole_ema(self):
+        """name -> averaged weight; where a process has parts, on rank 0 alone."""
+        if self.sharded.plain or not self.ema:
+            return self.ema
+        return {name: t for (_, name, _), t in self.sharded.gather(
+            {("model", name, ""): t for name, t in self.ema.items()}).items()}
+
     def state_dict(self, sharded=False):
-        """Whole tensors on rank 0, or the parts of every rank; see model.Sharded."""
-        return self.sharded.state_dict(self.optimizers, sharded) | {
-            "scaler": self.scaler.state_dict(), "ema": self.ema, "buffers": {n: b.cpu() for n, b in self.buffers.items()}}
+        """Whole tensors on rank 0, or the parts of every rank; see model.Sharded. Averages are whole either way."""
+        rest = {"scaler": self.scaler.state_dict(), "ema": self.whole_ema(),
+                "buffers": {n: b.cpu() for n, b in self.buffers.items()}}
+        return self.sharded.state_dict(self.optimizers, sharded) | rest
 
     def load_state_dict(self, state):
         self.sharded.load_state_dict(state, self.optimizers)
@@ -502,9 +510,8 @@ class Trainer:
         for name, b in self.buffers.items():
             b.copy_(state["buffers"][name])
         with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                if self.ema:
-                    self.ema[name].copy_(state["ema"].get(name, p))
+            for name, t in self.ema.items():
+                t.copy_(state["ema"][name][self.sharded.piece(name)] if name in state["ema"] else self.sharded.parts[name])
         if self.graphs is not None:
             self.graphs = []  # they wrote to the optimizers' old tensors
 
@@ -662,8 +669,8 @@ def save_optim(out, trainer, process, sharded, **rest):
         if process.rank == 0:
             groups = [{"state": {}, "param_groups": o["param_groups"]} for o in state["optimizers"]]
             with replace_file(path) as f:
-                torch.save({"model": {}, "optimizers": groups, "scaler": state["scaler"], "buffers": state["buffers"],
-                            "files": names, **rest}, f)
+                torch.save({"model": {}, "optimizers": groups, "scaler": state["scaler"], "ema": state["ema"],
+                            "buffers": state["buffers"], "files": names, **rest}, f)
         state = {"model": {key[1]: t for key, t in trainer.sharded.gather(trainer.sharded.held()).items()}}
     if process.rank == 0:
         for old in path.parent.glob("optim-*-of-*.pt"):
@@ -741,13 +748,8 @@ def main():
     graphs = device.type == "cuda" and process.world == 1 and dtype != torch.float16 and total < 50e6
     graphs = graphs and not config.prefix_lm and not args.offload
     trainer = Trainer(model, args, process, dtype, accumulate, graphs if args.graphs is None else args.graphs)
-    if not trainer.sharded.plain:
-        for given, why in ((dtype == torch.float16, "--dtype float16 scales the loss"),
-                           (args.ema, "--ema averages whole weights")):
-            if given:
-                raise BadInput(f"{why}, which works with --parallel ddp alone: leave it out")
-    if args.z_loss and process.tp > 1:
-        raise BadInput("--z_loss is not known to the loss over a cut vocabulary: leave it or --tp out")
+    if dtype == torch.float16 and not trainer.sharded.plain:
+        raise BadInput("--dtype float16 scales the loss, which works with --parallel ddp alone: use bfloat16")
     if args.fp8:
         use_float8(model)
     if device.type == "cuda" if args.compile is None else args.compile:
@@ -818,6 +820,8 @@ def main():
         whole = save_optim(out, trainer, process, args.ckpt == "sharded", step=step, best=best, past=past,
                            args=vars(args), config=vars(config), corpus=corpus,
                            log=(out / "log.jsonl").stat().st_size if main_process else 0)
+        if weights and trainer.ema and not trainer.sharded.plain:
+            whole = trainer.whole_ema()
         if weights and main_process:
             folders = [out] + [out / f"step-{step:06}"] * (args.keep == "all")
             with trainer.averaged():

@@ -37,7 +37,7 @@ STYLES = {
 ROWS, STEPS, HALF = 8, 20, 10
 RUNS = {  # processes: (style, flags), each from the first step to the last
     2: [("nano", "--parallel ddp"), ("nano", "--parallel zero1"), ("gpt2", "--parallel zero2"),
-        ("gpt2", "--parallel fsdp --micro_batch 2 --recompute block"), ("nano", "--tp 2"),
+        ("gpt2", "--parallel fsdp --micro_batch 2 --recompute block --ema 0.9"), ("nano", "--tp 2 --z_loss 0.01"),
         ("nano", "--cp 2"), ("gpt2", "--cp 2"), ("nano", "--pp 2")],
     4: [("nano", "--parallel hsdp --hsdp_shard 2 --micro_batch 1"), ("alibi", "--pp 2 --cp 2")],
 }
@@ -67,6 +67,7 @@ def start(process, style, flags):
     gpt = M.GPT(M.GPTConfig(**STYLES[style]))
     M.init_weights(gpt, 1)
     gpt.compute_dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
+    gpt.z_loss = args.z_loss
     rows, micro, accumulate = T.split_batch(args, 32, process)
     return T.Trainer(gpt, args, process, gpt.compute_dtype, accumulate, False), micro
 
@@ -130,7 +131,8 @@ def worker(out, tasks):
         val, state = evaluate(process, trainer), trainer.state_dict()
         if process.rank == 0:
             results[f"{style} {flags} {what}".strip()] = {
-                "seen": seen, "val": val, "weights": {name: t.tolist() for name, t in state["model"].items()}}
+                "seen": seen, "val": val, "weights": {name: t.tolist() for name, t in state["model"].items()},
+                "ema": {name: t.tolist() for name, t in state["ema"].items()}}
     if first.rank == 0:
         (out / "seen.json").write_text(json.dumps(results))
     dist.barrier()
@@ -187,19 +189,24 @@ def alone(style, optimizer):
     """The same run of one process."""
     process = M.Process(torch.device("cpu"))
     trainer, micro = start(process, style, optimizer)
-    return {"seen": go(process, trainer, micro), "val": evaluate(process, trainer), "weights": trainer.state_dict()["model"]}
+    seen, val, state = go(process, trainer, micro), evaluate(process, trainer), trainer.state_dict()
+    return {"seen": seen, "val": val, "weights": state["model"], "ema": state["ema"]}
 
 
 def expect_equal(got, style, flags, first=0, tolerance=1e-4):
     words = flags.split()
-    expected = alone(style, " ".join(words[words.index("--optimizer"):]) if "--optimizer" in words else "")
+    trained = ("--optimizer", "--lr", "--z_loss", "--ema")  # what a process alone must be told too
+    expected = alone(style, " ".join(f"{a} {b}" for a, b in zip(words, words[1:]) if a in trained))
     last = first + len(got["seen"])
     assert np.allclose(got["seen"], expected["seen"][first:last], rtol=tolerance, atol=0) and last > first
     if last == STEPS:
         assert got["val"] == pytest.approx(expected["val"], rel=tolerance)
         assert list(got["weights"]) == list(expected["weights"])
-        for name, t in expected["weights"].items():
-            assert torch.allclose(torch.tensor(got["weights"][name]), t, atol=2 * tolerance if tolerance < 0.01 else 1), name
+        assert list(got["ema"]) == list(expected["ema"]) and bool(got["ema"]) == ("--ema" in words)
+        for kind in ("weights", "ema"):
+            for name, t in expected[kind].items():
+                near = torch.allclose(torch.tensor(got[kind][name]), t, atol=2 * tolerance if tolerance < 0.01 else 1)
+                assert near, (kind, name)
 
 
 @pytest.mark.parametrize("world, style, flags", [(world, *run) for world, runs in RUNS.items() for run in runs])

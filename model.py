@@ -937,6 +937,172 @@ def linear_cross_entropy(x, weight, targets, vocab_size, reduction="mean", softc
 
 
 # -----------------------------------------------------------------------------
+# Log-probabilities of given tokens: what preference and reinforcement learning train on
+
+
+def token_logprobs(model, x, targets, temperature=1.0, entropy=False, chunk=0):
+    """
+    log softmax(logits / temperature)[target], float32 and 0 where the target is -100, from the hidden states x (B, T, C)
+    and targets (B, T): (B, T), or with entropy a pair, the second -Σ p log p, both 0 where nothing is asked. The head
+    multiplies only positions with a target, a chunk at a time, whose logits the backward pass computes again.
+    """
+    asked = targets != -100
+    x, ids, c = model.features(x[asked]), targets[asked], model.config
+    weight, chunk = model.head_weight, chunk or loss_chunk(model.head_weight.shape[0], False)
+
+    def rows(x, ids):
+        logits = (x @ weight.to(x.dtype).T)[:, :c.vocab_size].float()
+        logp = (cap(logits, c.softcap) / temperature).log_softmax(-1)
+        own = logp.gather(1, ids.unsqueeze(1))
+        return torch.cat((own, -(logp.exp() * logp).sum(-1, keepdim=True)), 1) if entropy else own
+
+    if entropy or temperature != 1:
+        keep = torch.is_grad_enabled() and x.requires_grad
+        found = [checkpoint(rows, xi, ti, use_reentrant=False) if keep else rows(xi, ti)
+                 for xi, ti in zip(x.split(chunk), ids.split(chunk))]
+        found = torch.cat(found) if found else rows(x, ids)
+    else:
+        found = -linear_cross_entropy(x, weight, ids, c.vocab_size, "none", c.softcap, chunk).unsqueeze(1)
+    out = found.new_zeros((*targets.shape, found.shape[1]))
+    out[asked] = found
+    return tuple(out.unbind(-1)) if entropy else out.squeeze(-1)
+
+
+def add_up(values, segments, n):
+    """Sums of values (…) over each segment number 0 … n - 1; segments (…), negative: left out. Returns (n,)."""
+    at = segments.flatten()
+    sums = values.new_zeros(n + 1).index_add(0, torch.where(at < 0, n, at), values.flatten())
+    return sums[:n]
+
+
+def sequence_logprobs(model, idx, targets, segments, n, positions=None, doc_ids=None, temperature=1.0):
+    """
+    Σ log p(target) over each of n sequences that lie, packed or padded, in rows idx (R, T), in nats, (n,) float32.
+
+    targets (R, T): the id that each position predicts, -100 where none is asked; segments (R, T): the number of the
+    sequence that the target belongs to, -1 for none; positions (R, T) and doc_ids as in GPT.forward. Logits exist only
+    in chunks and only where a target is: see token_logprobs. data.pack_branches makes the arguments.
+    """
+    def sums(model, x):
+        return add_up(token_logprobs(model, x, targets, temperature), segments, n)
+    return model(idx, positions=positions, doc_ids=doc_ids, outcome=sums)
+
+
+def shares_prompts(config):
+    """May packed responses share a prompt? Behind one, windows, ALiBi and T5 would count distances in the row."""
+    return config.pos not in ("alibi", "t5") and set(config.attn_kinds) == {"full"}
+
+
+def step_forward(sharded, last=True, **inputs):
+    """
+    A Sharded's forward pass in training, with any input of GPT.forward; ranks talk about gradients only at the step's
+    last one.
+    """
+    if sharded.sharded:
+        sharded.model.set_requires_gradient_sync(last)
+    with contextlib.nullcontext() if last or sharded.forward is sharded.model else sharded.forward.no_sync():
+        return sharded.forward(**inputs)
+
+
+def same_count(parts, sharded):
+    """Micro-batches of this rank, at least one; where parameters are gathered for each, as many on every rank: [] more."""
+    parts = list(parts)
+    if sharded.sharded:
+        most = torch.tensor(len(parts), device=sharded.process.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        parts += [[]] * (most.item() - len(parts))
+    return parts or [[]]
+
+
+@torch.no_grad()
+def gather_into(copy, model):
+    """The parameters of a model, whole where they are sharded, into a plain one of the same config that generates."""
+    for m in model.modules():
+        if hasattr(m, "reshard"):  # what the last forward pass left gathered
+            m.reshard()
+    for p, q in zip(copy.parameters(), model.parameters()):
+        p.copy_(q.full_tensor() if hasattr(q, "full_tensor") else q)
+    return copy
+
+
+def by_response(values, segments, n):
+    """
+    Per-token values (R, T) of packed rows -> (n, L), a row for each of n responses, 0 behind its end; segments (R, T) as in
+    data.pack_branches, whose responses lie in one piece. Differentiable.
+    """
+    order = (segments.flatten() >= 0).nonzero().squeeze(1)
+    owner = segments.flatten()[order]
+    count = torch.bincount(owner, minlength=n)[:n]
+    first = torch.ones_like(owner, dtype=torch.bool)
+    first[1:] = owner[1:] != owner[:-1]
+    run = torch.arange(len(owner), device=owner.device)
+    offset = run - torch.where(first, run, 0).cummax(0).values
+    out = values.new_zeros(n, int(count.max()) if n else 0)
+    return out.index_put((owner, offset), values.flatten()[order])
+
+
+@torch.no_grad()
+def end_scores(model, groups, tokens=8192):
+    """
+    The scalar head's value at the last token of each response, [[float, …], …], groups as in data.pack_branches: what a
+    reward model says. About `tokens` tokens at a time, padding-free.
+    """
+    import data
+    c, found = model.config, {}
+    share, T = shares_prompts(c), min(c.block_size, 2048)
+    groups = [(p, [[*r, 0] for r in responses]) for p, responses in groups]  # the end token is read too
+    T = max([T, *(len(p) - 1 + len(r) for p, responses in groups for r in responses)])
+    for batch in data.micro_batches(groups, T, max(1, tokens // T), share):
+        packed = data.pack_branches([groups[g] for g in batch], T, share, steady=model.device.type == "cuda")
+        idx, targets, positions, doc_ids, segments = (torch.from_numpy(a).to(model.device) for a in packed[:5])
+        values = model.scalars(idx, positions=positions, doc_ids=doc_ids)
+        last = segments >= 0
+        last[:, :-1] &= segments[:, 1:] != segments[:, :-1]
+        scores = values.new_zeros(packed.n).index_copy(0, segments[last], values[last]).tolist()
+        for g in batch:
+            found[g], scores = scores[:len(groups[g][1])], scores[len(groups[g][1]):]
+    return [found[g] for g in range(len(groups))]
+
+
+class RewardModel:
+    """
+    A run of rlhf.py --stage rm as a function (prompts, answers) -> scores, all texts: the value at the end token, in its own
+    tokenizer and template, shifted and scaled as run.json says.
+    """
+
+    def __init__(self, folder, device="cpu"):
+        self.model, self.tokenizer = GPT.from_pretrained(folder, device).eval(), Tokenizer.from_pretrained(folder)
+        if not self.model.config.scalar_head:
+            raise BadInput(f"reward={folder} has no scalar head, so it is no reward model: train one with python rlhf.py "
+                           f"--stage rm --out {folder}")
+        path = Path(folder) / "run.json"
+        scale = json.loads(path.read_text()).get("reward", {}) if path.exists() else {}
+        self.mean, self.std = scale.get("mean", 0.0), scale.get("std", 1.0)
+
+    def __call__(self, prompts, answers):
+        import data
+        T, groups = self.model.config.block_size, []
+        for prompt, answer in zip(prompts, answers):
+            p, r = data.prompt_and_response(self.tokenizer, [{"role": "user", "content": prompt}], answer)
+            groups.append((p[-max(1, T - len(r)):], [r[:T - 1]]))
+        return [(score - self.mean) / self.std for score, in end_scores(self.model, groups)]
+
+
+def rollouts(model, prompts, n, end, max_new_tokens, temperature=1.0, seed=0, batch=256, start=0):
+    """
+    n responses to each prompt (ids): [[ids, …], …], each with the id `end` where it ended by itself within
+    max_new_tokens, `batch` at a time: one that has ended makes room for the next. What a response draws depends on the seed
+    and its number alone, of which the first is `start`: processes may share the prompts as they like.
+    """
+    first = seed * 0x9E3779B1 + start  # streams are numbered in 32 bits: this spreads the seeds over them
+    rows = [list(p) for p in prompts for _ in range(n)]
+    tokens, _ = model.generate(rows, max_new_tokens, [end], temperature=temperature, slots=min(batch, len(rows)),
+                               seed=[(first + i) & 0xFFFFFFFF for i in range(len(rows))])
+    found = [ids + [end] * (len(ids) < max_new_tokens) for ids in tokens]
+    return [found[i:i + n] for i in range(0, len(found), n)]
+
+
+# -----------------------------------------------------------------------------
 # The model
 
 
@@ -1085,12 +1251,14 @@ class GPT(nn.Module):
         slopes = c.alibi_scale * self.slopes[self.heads] if c.pos == "alibi" else None
         n_head = len(range(c.n_head)[self.heads])
         single = cache is not None and cache.even and not cache.static and T == 1  # sees all there is
+        if doc_ids is not None:  # own (B, T), and a second document that a token sees besides its own
+            own, also = doc_ids.unbind(-1) if doc_ids.dim() == 3 else (doc_ids, doc_ids)
 
         def seer(kind):  # the kind is of the closure: torch.compile would not notice another default argument
             def sees(b, h, i, j):
                 see = visible(kind, c.window, i, j)
-                if doc_ids is not None:  # a token sees its own document
-                    see = see & (doc_ids[b, i] == doc_ids[b, j])
+                if doc_ids is not None:
+                    see = see & ((own[b, i] == own[b, j]) | (also[b, i] == own[b, j]))
                 if prefix is not None:  # the first `prefix` tokens see each other
                     see = see | ((i < prefix[b]) & (j < prefix[b]))
                 return see
@@ -1244,15 +1412,20 @@ class GPT(nn.Module):
         return cap(logits[..., :self.config.vocab_size].float(), self.config.softcap)
 
     def forward(self, idx, targets=None, cache=None, positions=None, doc_ids=None, prefix=None, embeds=None,
-                reduction="mean"):
+                reduction="mean", outcome=None):
         """
         idx (B, T) ids -> (logits (B, T, V) float32, None), or with targets (B, T) -> (None, loss in nats).
         targets of -100 do not count; reduction "mean" | "sum" | "none" (B, T).
         cache: a KVCache that the tokens continue; positions (T,) or (B, T) override the default 0, 1, 2, …;
-        doc_ids (B, T): attention stays inside a document; prefix (B,): so many first tokens of a row see each other;
-        embeds (B, T, E) replaces the embedding of idx, which may be None. Raises BadInput where T exceeds block_size.
+        doc_ids (B, T): attention stays inside a document; (B, T, 2): [..., 1] is another one that the token sees as
+        well, such as the prompt that several responses share; prefix (B,): so many first tokens of a row see each other;
+        embeds (B, T, E) replaces the embedding of idx, which may be None; outcome(model, hidden states (B, T, C)) is
+        returned in place of (logits, loss): what is computed here, DDP and FSDP know of. Raises BadInput where T
+        exceeds block_size.
         """
         x = self.trunk(idx, cache, positions, doc_ids, prefix, embeds)
+        if outcome is not None:
+            return outcome(self, x)
         if self.layers.stop < self.config.n_layer:
             return x  # the next stage's idx
         if targets is None:

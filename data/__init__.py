@@ -20,6 +20,7 @@ import importlib
 import json
 import os
 import queue
+import re
 import shutil
 import sys
 import threading
@@ -31,10 +32,11 @@ from typing import NamedTuple
 import numpy as np
 import requests
 
-from bpe import BadInput, Tokenizer, replace_file
+from bpe import BadInput, Tokenizer, render_chat, replace_file
 
 CORPORA = ("bios", "arithmetic", "shakespeare", "tinystories", "fineweb", "text", "stdlib")
 MAGIC = 20240520  # of the public fineweb shards: header[0]; header[1] version, header[2] number of tokens
+TASKS = ("arithmetic", "addition", "tastes")  # questions whose answers a program checks
 TOKENIZER_CHARS = 100_000_000  # a tokenizer is trained on at most this much of a corpus
 
 # -----------------------------------------------------------------------------
@@ -519,3 +521,228 @@ def exact_match(model, tokenizer, rows, batch=256):
         tokens, _ = model.generate(prompts[i:i + batch], max_new_tokens=longest + 4, temperature=0)
         texts += [tokenizer.decode(row) for row in tokens]
     return sum(text.startswith(row["answer"]) for text, row in zip(texts, rows)) / len(rows), texts
+
+
+# -----------------------------------------------------------------------------
+# Preferences: which answer people, a program or a model liked better
+
+
+def read_preferences(path, limit=0, strict=True):
+    """
+    Rows of a .jsonl or .json file (also packed, .gz or .xz), each one of
+        {"messages": the turns before the answer, "ranked": [answers, the best first], "tie": bool, "margin": float}
+        {"messages": …, "completion": an answer, "label": True where it is liked}
+    from {"prompt", "chosen", "rejected"} (texts or lists of messages; without prompt, two dialogues that agree up to
+    an answer; hh-rlhf's "\n\nHuman: … \n\nAssistant: …" too), {"prompt", "ranked"}, {"prompt", "completion",
+    "label"}, {"messages", "label"}, and ShareGPT's {"conversations"} in the prompt's place.
+    Any other row raises BadInput, which names its line; without `strict` it is left out and counted on the screen.
+    """
+    from data import text
+    path = Path(path)
+    if text.suffix(path) == ".jsonl":
+        numbered = text.json_rows(path)
+    else:
+        with contextlib.closing(text.unpacked(path)) if path.is_file() else contextlib.nullcontext() as file:
+            try:
+                numbered = enumerate(json.load(file), 1)
+            except (ValueError, TypeError, AttributeError):
+                raise BadInput(f"{path} is not a list of JSON objects: give a .jsonl file, an object a line, or such a "
+                               f"list") from None
+    rows, left_out = [], 0
+    for number, row in islice(numbered, limit or None):
+        try:
+            rows.append(preference(row))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            if not strict:
+                left_out += 1
+                continue
+            raise BadInput(f"{path}, line {number}: a preference has prompt, chosen and rejected, or prompt, "
+                           f"completion and label; correct or remove the line") from None
+    if left_out:
+        print(f"{path}: left out {left_out} of {left_out + len(rows)} rows that are no preference between two answers")
+    if not rows:
+        raise BadInput(f"{path} holds no preferences: give another file")
+    return rows
+
+
+def turns(prompt):
+    """Messages of a text, of a list of messages, or of ShareGPT's conversation."""
+    if isinstance(prompt, str):
+        return dialogue(prompt) if prompt.startswith("\n\nHuman:") else [{"role": "user", "content": prompt}]
+    roles = {"human": "user", "gpt": "assistant"}
+    return [{"role": roles.get(role, role), "content": content} for role, content in
+            ((m["role"], m["content"]) if "role" in m else (m["from"], m["value"]) for m in prompt)]
+
+
+def dialogue(text):
+    """hh-rlhf's text as messages."""
+    parts = re.split(r"\n\n(Human|Assistant):", text)
+    if parts[0].strip() or len(parts) < 3:
+        raise ValueError("no dialogue")
+    return [{"role": "user" if who == "Human" else "assistant", "content": said.strip()}
+            for who, said in zip(parts[1::2], parts[2::2])]
+
+
+def answer(given):
+    """The text of an answer, given as text, as a message, or as a list of one."""
+    given = given[0] if isinstance(given, list) and len(given) == 1 else given
+    return given if isinstance(given, str) else turns([given])[0]["content"]
+
+
+def preference(row):
+    """One row as read_preferences gives it; KeyError, TypeError or ValueError for what is none."""
+    before = row.get("prompt", row.get("conversations"))
+    if "label" in row:
+        if not isinstance(row["label"], (bool, int)):
+            raise ValueError("the label is true or false")
+        if before is None:
+            *before, last = turns(row["messages"])
+            return {"messages": before, "completion": last["content"], "label": bool(row["label"])}
+        return {"messages": turns(before), "completion": answer(row["completion"]), "label": bool(row["label"])}
+    if "ranked" in row:
+        ranked, before = [answer(text) for text in row["ranked"]], turns(before)
+    elif before is None:
+        both = list(zip(turns(row["chosen"]), turns(row["rejected"])))
+        at = next((i for i, (a, b) in enumerate(both) if a != b), len(both) - 1)  # where the dialogues part
+        if {m["role"] for m in both[at]} != {"assistant"}:
+            raise ValueError("they part in another turn than the assistant's")
+        ranked, before = [m["content"] for m in both[at]], [a for a, _ in both[:at]]
+    else:
+        ranked, before = [answer(row["chosen"]), answer(row["rejected"])], turns(before)
+    if len(ranked) < 2 or not all(isinstance(text, str) for text in ranked):
+        raise ValueError("a preference is between two texts or more")
+    return {"messages": before, "ranked": ranked, "tie": bool(row.get("tie")), "margin": float(row.get("margin", 0))}
+
+
+# -----------------------------------------------------------------------------
+# Prompts and their responses in rows, without padding between them
+
+
+class Packed(NamedTuple):
+    idx: np.ndarray        # (R, T) ids
+    targets: np.ndarray    # (R, T) what each position predicts, -100 where nothing is asked
+    positions: np.ndarray  # (R, T)
+    doc_ids: np.ndarray    # (R, T, 2), as GPT.forward reads it
+    segments: np.ndarray   # (R, T) number of the response that the target belongs to, -1 where there is none
+    n: int                 # responses; with ask_prompt prompt g is segment n + g
+
+
+def branch_lengths(group, T, share):
+    """The documents that a group becomes, (prompt or not, responses in it) with the tokens of each."""
+    prompt, responses = group
+    together = len(prompt) - 1 + sum(map(len, responses))
+    if share and together <= T:
+        return [(together, range(len(responses)))]
+    return [(len(prompt) - 1 + len(r), [i]) for i, r in enumerate(responses)]
+
+
+def fit(rooms, lengths, T):
+    """Put documents of these lengths, the longest first, each where least room is left; rooms: what rows have left."""
+    rooms, places = list(rooms), [0] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        open_rows = [row for row, room in enumerate(rooms) if room >= lengths[i]]
+        places[i] = min(open_rows, key=rooms.__getitem__) if open_rows else len(rooms)
+        if not open_rows:
+            rooms.append(T)
+        rooms[places[i]] -= lengths[i]
+    return rooms, places
+
+
+def micro_batches(groups, T, rows, share=True):
+    """Lists of indices of groups such that each list packs into at most `rows` rows of T; the longest groups first."""
+    sizes = [[n for n, _ in branch_lengths(group, T, share)] for group in groups]
+    for size, group in zip(sizes, groups):
+        if max(size) > T:
+            raise BadInput(f"a prompt of {len(group[0])} tokens with its response does not fit into {T}: cut it first")
+    batch, rooms = [], []
+    for g in sorted(range(len(groups)), key=lambda g: -max(sizes[g])):
+        new, _ = fit(rooms, sizes[g], T)
+        if batch and len(new) > rows:
+            yield batch
+            batch, (new, _) = [], fit([], sizes[g], T)
+        batch, rooms = batch + [g], new
+    if batch:
+        yield batch
+
+
+def pack_branches(groups, T, share=True, ask_prompt=False, steady=False):
+    """
+    groups: [(prompt ids, [response ids, …]), …] -> Packed rows of at most T tokens. A group is one document
+        p_1 … p_{P-1} | p_P r_1 … r_{n-1} | p_P s_1 … s_{m-1} | …
+    whose branches each see the prompt and themselves, at positions that go on from P - 1: the prompt is computed once
+    for all its responses, and each branch begins with the token that predicts its first. share False, or a group longer
+    than T: one document a response. ask_prompt: p_2 … p_P are targets too, once a group. steady: rows of exactly T, a
+    power of two of them, so that what is compiled for each shape is compiled for few.
+    """
+    pieces = []  # (group, responses) a document, with its length
+    for g, group in enumerate(groups):
+        pieces += [(n, g, which) for n, which in branch_lengths(group, T, share)]
+    rooms, places = fit([], [n for n, _, _ in pieces], T)
+    R, width = len(rooms), T - min(rooms, default=0)
+    if steady:
+        R, width = 1 << (R - 1).bit_length(), T
+    idx, positions = np.zeros((R, width), np.int64), np.zeros((R, width), np.int64)
+    targets, segments = np.full((R, width), -100, np.int64), np.full((R, width), -1, np.int64)
+    doc_ids = np.zeros((R, width, 2), np.int64)
+    first = np.cumsum([0] + [len(responses) for _, responses in groups])
+    n, filled, document, asked = int(first[-1]), [0] * R, 0, set()
+
+    def write(row, ids, goals, at, segment, own, also):
+        here = slice(filled[row], filled[row] + len(ids))
+        idx[row, here], targets[row, here], segments[row, here] = ids, goals, segment
+        positions[row, here] = np.arange(at, at + len(ids))
+        doc_ids[row, here] = own, also
+        filled[row] = here.stop
+
+    for (_, g, which), row in zip(pieces, places):
+        prompt, responses = groups[g]
+        document += 1
+        shared = document
+        ask = ask_prompt and g not in asked
+        asked.add(g)
+        write(row, prompt[:-1], prompt[1:] if ask else -100, 0, n + g if ask else -1, shared, shared)
+        for i in which:
+            document += 1
+            ids = responses[i]
+            write(row, [prompt[-1], *ids[:-1]], ids, len(prompt) - 1, first[g] + i, document, shared)
+    return Packed(idx, targets, positions, doc_ids, segments, n)
+
+
+def prompt_and_response(tokenizer, messages, text, template=None):
+    """A chat that the assistant ends with `text` -> (ids up to where the answer begins, the answer's with its end)."""
+    ids, mask = render_chat(tokenizer, [*messages, {"role": "assistant", "content": text}], template)
+    end = len(mask) - mask[::-1].index(1)
+    start = max((i + 1 for i in range(end) if not mask[i]), default=0)
+    return list(ids[:start]), list(ids[start:end])
+
+
+def is_right(text, answer):
+    """Does an answer agree with the known one: the last number, where that comes after GSM8K's ####, or all of it."""
+    if "####" in answer:
+        numbers = re.findall(r"-?\d[\d,]*\.?\d*", text)
+        return bool(numbers) and numbers[-1].replace(",",
+                                                     "").rstrip(".") == answer.split("####")[-1].strip().replace(",",
+                                                                                                                 "")
+    return text.strip() == answer.strip()
+
+
+def question(tokenizer, text, template=None):
+    """The ids of a chat in which the user asks `text` and the assistant is about to answer."""
+    return list(render_chat(tokenizer, [{"role": "user", "content": text}], template, generation=True)[0])
+
+
+def answer_text(tokenizer, ids):
+    """What an answer says, without special tokens."""
+    special = set(tokenizer.special.values())
+    return tokenizer.decode([i for i in ids if i not in special])
+
+
+def read_tasks(name, split, n, input=None):
+    """n questions of a task module (problems(split, n)) or of a .jsonl file: [{"prompt", "answer"}, …]."""
+    if name in TASKS:
+        return list(importlib.import_module(f"data.{name}").problems(split, n))
+    from data import text
+    rows = [row for _, row in islice(text.json_rows(Path(input)), n)]
+    if not rows or not all(isinstance(row.get("prompt", row.get("question")), str) for row in rows):
+        raise BadInput(f"{input} is no list of questions: give an object with prompt and answer on each line")
+    return [{"prompt": row.get("prompt", row.get("question")), "answer": str(row.get("answer", ""))} for row in rows]

@@ -627,6 +627,10 @@ def check_args(args, model, process):
                        f"need whole weights: use --parallel ddp")
     if args.relora and (adapter is None or adapter.tune != "lora" or adapter.quantize != "none"):
         raise BadInput("--relora restarts --tune lora over weights that are not quantized: give --lora_rank with it")
+    if args.resume and (args.relora or adapter and adapter.tune == "adalora"):
+        raise BadInput("--resume: adalora and --relora keep no record of their restarts: start again without --resume")
+    if not args.resume and Path(args.out).exists() and Path(args.init).exists() and Path(args.out).samefile(args.init):
+        raise BadInput(f"--out {args.out} is the run that is tuned: give another folder")
     if args.block_size < 0 or args.block_size > model.config.block_size:
         raise BadInput(f"--block_size {args.block_size}: the model's context is {model.config.block_size}")
 

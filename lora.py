@@ -1051,8 +1051,9 @@ def bench(args):
             setattr(model, name, table.to(device))
         frozen, blocks = (sum(t.numel() * t.element_size() for t in itertools.chain(m.parameters(), m.buffers())
                               if not t.requires_grad) for m in (model, model.blocks))
-        if device.type == "cuda":
+        if device.type == "cuda" if args.compile is None else args.compile:
             model.compile_parts()
+        if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
         x = torch.randint(config.vocab_size, (args.micro_batch, config.block_size + 1), device=device)
@@ -1105,6 +1106,7 @@ def main():
     sub.add_argument("--lora_rank", type=int, default=8)
     sub.add_argument("--lora_targets", default="q,v")
     sub.add_argument("--device", default="auto")
+    sub.add_argument("--compile", default=None, action=argparse.BooleanOptionalAction)
     sub.set_defaults(run=bench)
     args = parser.parse_args()
     if args.command is None:

@@ -449,7 +449,7 @@ def judge(model, examples, kind, batch=64):
 
 def classify(args, process, tokenizer, started, say):
     """The run of --task classify: --batch_tokens / T examples a step, replicas by summed gradients."""
-    if args.parallel != "ddp" or args.offload or args.packing is None:
+    if args.parallel != "ddp" or args.offload:
         raise BadInput("--task classify runs with --parallel ddp, without --offload")
     if set(args.data.split(",")) & set(data.CHATS):
         raise BadInput(f"--data {args.data}: --task classify reads files of labelled rows, see read_labelled")
@@ -573,7 +573,7 @@ def get_args(argv=None):
     add("--show", type=int, default=0, help="held-out questions whose answers are printed before and after")
     add("--patience", type=int, default=0,
         help="stop after so many validations without a lower loss, and keep the best")
-    add("--save_every", type=int, default=0, help="steps between saves to --resume from; 0: only at the end")
+    add("--save_every", type=int, default=0, help="steps between saves of optim.pt, to --resume from; 0: none")
     add("--log_every", type=int, default=10)
     args = parser.parse_args(argv)
     if args.resume:  # saved arguments become the defaults, so what is given again wins
@@ -627,6 +627,10 @@ def check_args(args, model, process):
                        f"need whole weights: use --parallel ddp")
     if args.relora and (adapter is None or adapter.tune != "lora" or adapter.quantize != "none"):
         raise BadInput("--relora restarts --tune lora over weights that are not quantized: give --lora_rank with it")
+    if args.resume and (args.relora or adapter and adapter.tune == "adalora"):
+        raise BadInput("--resume: adalora and --relora keep no record of their restarts: start again without --resume")
+    if not args.resume and Path(args.out).exists() and Path(args.init).exists() and Path(args.out).samefile(args.init):
+        raise BadInput(f"--out {args.out} is the run that is tuned: give another folder")
     if args.block_size < 0 or args.block_size > model.config.block_size:
         raise BadInput(f"--block_size {args.block_size}: the model's context is {model.config.block_size}")
 
@@ -786,7 +790,7 @@ def main():
         signal.signal(sig, lambda *_: stop.append(True))
     sharded.train()
     pending, metrics, restarted, read, clock, timed = [], {}, 0, 0, time.time(), [0, 0.0]
-    while step < args.steps and not stop:
+    while step < args.steps and not (stop and process.world == 1):  # ranks would not agree on when
         _, chosen = epochs.at(step)
         count = max(1, asked(epochs.examples, chosen))
         share = lr_share(step, args.steps, args.warmup, args.schedule)
@@ -863,7 +867,7 @@ def main():
             for name, t in best[1].items():
                 sharded.parts[name].copy_(t)
     save(metrics)
-    if stop:
+    if stop and process.world == 1:
         say(f"stopped at step {step} and saved" + (f": python sft.py --resume --out {out} goes on from here"
                                                    if args.save_every else ""))
     elif main_process:

@@ -483,10 +483,13 @@ def test_an_answer_is_right_letter_by_letter_or_by_its_number():
     (json.dumps(CHATS[0]) + "\n", ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     (json.dumps(CHATS[0]) + "\n", ["--init", "nowhere/at/all"], "nowhere"),
     (json.dumps(CHATS[0]) + "\n", ["--resume"], "--resume"),
+    (json.dumps(CHATS[0]) + "\n", ["--out", "BASE"], "the run that is tuned"),
     (json.dumps({"text_a": "x", "label": "y"}) + "\n", ["--task", "classify"], "line 1"),
 ])
 def test_bad_input_is_one_sentence(base, tmp_path, rows, flags_, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(rows)
-    _, text = tune("--init", base, "--data", path, "--steps", 2, "--batch_tokens", 256, "--out", tmp_path / "out", *flags_, check=2)
+    flags_ = [base if flag == "BASE" else flag for flag in flags_]
+    _, text = tune("--init", base, "--data", path, "--steps", 2, "--batch_tokens", 256, "--out", tmp_path / "out", *flags_,
+                   check=2)
     assert message in text.splitlines()[-1]

@@ -999,7 +999,7 @@ def step_forward(sharded, last=True, **inputs):
     last one.
     """
     if sharded.sharded:
-        sharded.model.set_requires_gradient_sync(last)
+        sharded.model.set_requires_all_reduce(last)
     with contextlib.nullcontext() if last or sharded.forward is sharded.model else sharded.forward.no_sync():
         return sharded.forward(**inputs)
 

@@ -311,6 +311,7 @@ class Speculator:
         # the state that told the last sure id, from which the heads guess
         self.hidden = torch.zeros(batch, model.config.n_embd, device=device, dtype=model.compute_dtype)
         self.compile, self.graph = compile, None
+        self.settle = torch.compile(self.decide, dynamic=False) if compile and device.type == "cuda" else self.decide
 
     def start(self, rows, new, seeds):
         """Prefill, and the first new id of each row."""
@@ -350,12 +351,12 @@ class Speculator:
         self.done = self.done | stops.any(1) | (self.n >= self.limit)
         return live
 
-    def counts(self, nodes):
+    def counts(self, nodes, seen):
         """How often each id stands in the text of each node, (B, N, V); None where no penalty asks."""
-        if self.target.seen is None:
+        if seen is None:
             return None
-        new = F.one_hot(nodes[:, 1:], self.target.seen.shape[1])  # the root is counted already
-        return self.target.seen[:, None] + torch.einsum("nm,bmv->bnv", self.tree.sees[:, 1:].long(), new)
+        new = F.one_hot(nodes[:, 1:], seen.shape[1])  # the root is counted already
+        return seen[:, None] + torch.einsum("nm,bmv->bnv", self.tree.sees[:, 1:].long(), new)
 
     def propose(self, u):
         """Guesses for all nodes but the root (B, k), and what they were drawn from (B, k, V) or None."""
@@ -380,7 +381,7 @@ class Speculator:
         return torch.stack(ids, 1), None if self.sampling.temperature == 0 else torch.stack(chances, 1)
 
     def round(self):
-        k, tree, cache, B = self.k, self.tree, self.target.cache, len(self.n)
+        k, tree, cache = self.k, self.tree, self.target.cache
         u = uniform(self.target.seeds[:, None], self.drawn[:, None] + torch.arange(2 * k + 1, device=self.n.device))
         guesses, chances = self.propose(u[:, :k])
         nodes = torch.cat((self.ids.gather(1, self.n[:, None] - 1), guesses), 1)
@@ -388,8 +389,23 @@ class Speculator:
         cache.pos.copy_(self.n - 1)
         cache.bound = 0 if cache.static else int(self.n.max()) - 1
         x = self.model.trunk(nodes, cache=cache)  # (B, k + 1, C)
+        way, count, new, logp, hidden, seen = self.settle(x, nodes, chances, u[:, k:], self.target.seen)
+        cache.pos.copy_(self.n - 1)
+        cache.move(way, count + 1)
+        self.hidden = hidden
+        if seen is not None:
+            self.target.seen.copy_(seen)
+        live = self.append(new, logp, count, 2 * k + 1)
+        self.rounds, self.kept = self.rounds + live, self.kept + count * live
+
+    def decide(self, x, nodes, chances, u, seen):
+        """
+        From the states x (B, k + 1, C) of the nodes: the path that is kept, as nodes (B, m), how many of it (B,), the ids
+        that follow one another on it and behind it (B, m), their log-probabilities, and what the next round begins with.
+        """
+        k, tree = self.k, self.tree
         logits = self.model.logits(x)
-        processed = process_logits(logits, self.counts(nodes), **vars(self.sampling))
+        processed = process_logits(logits, self.counts(nodes, seen), **vars(self.sampling))
         if self.heads:
             accept = accept_greedily if self.sampling.temperature == 0 else accept_typically
             way, count = tree.longest(accept(processed, nodes, tree))
@@ -397,20 +413,17 @@ class Speculator:
         else:
             q = processed.softmax(-1)
             q = F.one_hot(processed.argmax(-1), q.shape[2]).to(q.dtype) if self.sampling.temperature == 0 else q
-            count, last = accept_exactly(q, chances, guesses, u[:, k:2 * k], u[:, 2 * k])
-            way = tree.leaves.expand(B, -1)
+            count, last = accept_exactly(q, chances, nodes[:, 1:], u[:, :k], u[:, k])
+            way = tree.leaves.expand(len(nodes), -1)
         new = nodes.gather(1, way).roll(-1, 1).scatter(1, count[:, None], last[:, None])
         raw = logits if self.sampling.temperature in (0, 1) else logits / self.sampling.temperature
         raw = raw.gather(1, way.unsqueeze(2).expand(-1, -1, raw.shape[2]))
         logp = raw.gather(2, new.unsqueeze(2)).squeeze(2) - raw.logsumexp(2)
-        cache.pos.copy_(self.n - 1)
-        cache.move(way, count + 1)
-        self.hidden = x.gather(1, way.gather(1, count[:, None]).unsqueeze(2).expand(-1, -1, x.shape[2])).squeeze(1)
-        if self.target.seen is not None:
+        hidden = x.gather(1, way.gather(1, count[:, None]).unsqueeze(2).expand(-1, -1, x.shape[2])).squeeze(1)
+        if seen is not None:
             there = torch.arange(new.shape[1], device=new.device) <= count[:, None]
-            self.target.seen += (F.one_hot(new, logits.shape[2]) * there.unsqueeze(2)).sum(1).int()
-        live = self.append(new, logp, count, 2 * k + 1)
-        self.rounds, self.kept = self.rounds + live, self.kept + count * live
+            seen = seen + (F.one_hot(new, logits.shape[2]) * there.unsqueeze(2)).sum(1).int()
+        return way, count, new, logp, hidden, seen
 
     def step(self):
         """One round; on CUDA a replay of the recorded graph."""

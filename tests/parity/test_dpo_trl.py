@@ -82,7 +82,8 @@ def compare(loss, model, folder, examples, refs, mismatched, *flags):
     theirs = from_hf_tensors(theirs, "llama", config, "gradients")
     assert mine == pytest.approx(loss.item(), abs=1e-5, rel=1e-6)
     for name, grad in grads.items():
-        assert (grad[:len(theirs[name])] - theirs[name]).abs().max() < 1e-5, name
+        limit = 1e-5 * max(1, theirs[name].abs().max().item())  # IPO's loss is 36, its gradients as much larger
+        assert (grad[:len(theirs[name])] - theirs[name]).abs().max() < limit, name
 
 
 def trainer_kwargs(tmp_path):

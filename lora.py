@@ -838,7 +838,8 @@ def fingerprint(model):
     """A digest of 64 numbers of each weight, the same in float32 and bf16: is this the base that an adapter is for?"""
     sha = hashlib.sha256()
     for name, p in sorted((n, p) for n, p in model.named_parameters() if not n.startswith(NEW_HEADS)):
-        picked = p.detach().flatten()[torch.linspace(0, p.numel() - 1, min(64, p.numel())).long().to(p.device)]
+        at = torch.arange(min(64, p.numel()), device=p.device) * (p.numel() - 1) // 63
+        picked = p.detach().flatten()[at]
         sha.update(name.encode() + str(tuple(p.shape)).encode())
         sha.update(picked.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return sha.hexdigest()

@@ -330,6 +330,16 @@ def test_an_adapter_for_another_base_is_refused_in_a_sentence(base, tmp_path):
         lora.load(tmp_path / "a", base=tmp_path / "wide")
 
 
+def test_a_fingerprint_is_the_same_in_bf16_and_tells_trained_weights_apart():
+    large = torch.nn.Linear(2 ** 13, 3456, bias=False)  # more entries than float32 can count
+    with torch.no_grad():
+        large.weight.copy_(torch.arange(3456)[:, None] % 97)
+    first = lora.fingerprint(large)
+    assert first == lora.fingerprint(large.to(torch.bfloat16))
+    large.weight.data *= 1.02
+    assert first != lora.fingerprint(large)
+
+
 def test_a_tuned_adapter_goes_on_and_another_method_finds_it_in_the_weights(base, tmp_path):
     model, _ = lora.start(base, adapter("lora"))
     shake(model)

@@ -39,7 +39,6 @@ RUNS = {  # processes: (style, flags), each from the first step to the last
     2: [("nano", "--parallel ddp"), ("nano", "--parallel zero1"), ("gpt2", "--parallel zero2"),
         ("gpt2", "--parallel fsdp --micro_batch 2 --recompute block --ema 0.9"), ("nano", "--tp 2 --z_loss 0.01"),
         ("nano", "--cp 2"), ("gpt2", "--cp 2"), ("nano", "--pp 2")],
-    4: [("nano", "--parallel hsdp --hsdp_shard 2 --micro_batch 1"), ("alibi", "--pp 2 --cp 2")],
 }
 SLOW = {
     2: [("alibi", "--tp 2"), ("alibi", "--cp 2"), ("nano", "--parallel fsdp --offload"),
@@ -49,7 +48,8 @@ SLOW = {
         ("gpt2", "--parallel fsdp --dtype bfloat16"), ("gpt2", "--pp 2 --dtype bfloat16"), ("gpt2", "--tp 2 --dtype bfloat16")],
     4: [("nano", "--parallel zero1 --tp 2"), ("llama", "--parallel fsdp --cp 2"), ("gpt2", "--tp 2 --cp 2"),
         ("gpt2", "--pp 2 --tp 2"), ("gpt2", "--pp 2 --parallel fsdp --micro_batch 1"), ("nano", "--pp 2 --parallel zero1"),
-        ("gpt2", "--pp 4 --micro_batch 2"), ("gpt2", "--parallel hsdp --hsdp_shard 2"), ("nano", "--parallel fsdp --tp 2")],
+        ("gpt2", "--pp 4 --micro_batch 2"), ("gpt2", "--parallel hsdp --hsdp_shard 2"), ("nano", "--parallel fsdp --tp 2"),
+        ("nano", "--parallel hsdp --hsdp_shard 2 --micro_batch 1"), ("alibi", "--pp 2 --cp 2")],
 }
 SAVED = [("nano", "--parallel fsdp --ckpt full"), ("gpt2", "--parallel fsdp --ckpt sharded"),
          ("gpt2", "--tp 2 --ckpt full"), ("nano", "--parallel zero1 --ckpt sharded"), ("gpt2", "--pp 2 --ckpt sharded")]

@@ -709,6 +709,7 @@ def test_spikes_without_end_end_the_run_with_a_sentence(policy, tmp_path, monkey
         here(monkeypatch, *SPIKY, "--spike", policy, "--spike_norm", 1e-9, "--out", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_batch_that_grows_is_the_same_run_on_two_processes(tmp_path, monkeypatch):
     common = [*SMALL, "--steps", 10, "--batch_tokens", 512, "--batch_ramp", "128:6", "--micro_batch", 1,
               "--spike", "skip", "--spike_norm", 0.57, "--ema", 0.8, "--prefix_lm", "--save_every", 4]

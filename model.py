@@ -268,22 +268,28 @@ class Linear(nn.Linear):
             return F.linear(x, weight) + bias  # the compiler turns a product alone, without a sum, into its own loop
         return product(x, weight) if bias is None else product(x, weight, bias)
 
+    def stored(self):
+        whole = type(self) is Linear and not isinstance(self.weight, dist.tensor.DTensor)
+        return Stored(self.weight) if whole else None
 
-COLUMNS = torch.backends.cpu.get_cpu_capability() == "AVX2"  # see product
+
+# How a Linear's weights lie in memory, for the kernels that read them there: floats, or quantize.py's codes of so many
+# bits, (codes - zero) scale, each scale for `group` weights of a row; x is multiplied by stretch (K,) first
+Stored = namedtuple("Stored", "weight bits group scale zero stretch", defaults=(0, 0, None, None, None))
+
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def product(x, weight, bias=None):
     """
-    x Wᵀ + b. For 2 to 8 rows on a CPU of AVX2, MKL copies W first; the same product with columns, four at a time, does
-    not: 24 products of 4 x 768 and 768 x 3072 on a core of an EPYC take 50 ms and not 83, of one row 44. With AVX-512 it
-    is the other way round.
+    x Wᵀ + b. For few rows on a CPU by oneDNN, which reads the weights at memory's speed: one row and 3072 x 768 at 20-23
+    GB/s on two cores of an EPYC where a sum reads 25; torch's own choice there, MKL, at 11-13, and four rows at 5.
     """
-    rows = x.numel() // x.shape[-1]
-    if not COLUMNS or x.is_cuda or not 1 < rows <= 8 or x.dtype != torch.float32 or torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
-    columns = F.pad(x.view(rows, -1), (0, 0, 0, -rows % 4)).T
-    y = (weight @ columns)[:, :rows].T.reshape(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
+    few = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() <= 32 * x.shape[-1]
+    if few and ONEDNN and weight.numel() >= 2 ** 18 and not torch.is_grad_enabled():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 def to_float8(t, dtype):
@@ -544,10 +550,10 @@ def decode_attention(q, k, v, slots, scale, dropout):
     slopes = slots.pos if slots.slopes is None else slots.slopes
     triton_decode[(B, heads, parts)](
         q, k, v, slots.k, slots.v, slots.pos, slots.depth, slots.tree, slopes, y, sums, slots.window, size, SCALE=scale,
-        T=T, G=H // heads, D=D, WIDTH=width, M=M, N=64, NEW=max(16, triton.next_power_of_2(T)), PARTS=parts,
-        KIND=slots.kind, ALIBI=slots.slopes is not None)
+        T=T, G=H // heads, D=D, WIDTH=width, M=M, N=64, NEW=max(16, triton.next_power_of_2(T)),
+        PARTS=parts, KIND=slots.kind, ALIBI=slots.slopes is not None, **early())
     if parts > 1:
-        triton_decode_sum[(B, heads)](sums, y, T=T, G=H // heads, D=D, WIDTH=width, M=M, PARTS=parts)
+        triton_decode_sum[(B, heads)](sums, y, T=T, G=H // heads, D=D, WIDTH=width, M=M, PARTS=parts, **early())
     return y.transpose(1, 2)
 
 
@@ -555,8 +561,12 @@ if triton is not None:
     @triton.jit
     def triton_decode(q, k_new, v_new, k, v, pos, depth, tree, slopes, y, sums, window, size, SCALE: tl.constexpr,
                       T: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr,
-                      N: tl.constexpr, NEW: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, ALIBI: tl.constexpr):
+                      N: tl.constexpr, NEW: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, ALIBI: tl.constexpr,
+                      PDL: tl.constexpr):
         """decode_attention of one row, one head of keys, one part of its keys. m counts (token, query head) pairs."""
+        if PDL:  # see early
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         b, h, part, heads = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(1)
         m, d = tl.arange(0, M), tl.arange(0, WIDTH)
         t, head, real, wide = m // G, h * G + m % G, m < T * G, d < D
@@ -625,8 +635,11 @@ if triton is not None:
 
     @triton.jit
     def triton_decode_sum(sums, y, T: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-                          M: tl.constexpr, PARTS: tl.constexpr):
+                          M: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):
         """Joins the parts: each is worth exp(its maximum) times its sums."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         b, h, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
         m, d = tl.arange(0, M), tl.arange(0, WIDTH)
         top, total, out = tl.full([M], -1e30, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, WIDTH], tl.float32)
@@ -676,7 +689,7 @@ class MLP(nn.Module):
     def __init__(self, c, width=0):
         super().__init__()
         width = width or c.n_hidden
-        self.act = (ACTIVATIONS | GATED)[c.act]
+        self.kind, self.act = c.act, (ACTIVATIONS | GATED)[c.act]
         self.gate = Linear(c.n_embd, width, bias=c.mlp_bias) if c.act in GATED else None
         self.up = Linear(c.n_embd, width, bias=c.mlp_bias)
         self.down = Linear(width, c.n_embd, bias=c.mlp_bias)
@@ -740,6 +753,220 @@ def compiled_decode_block(vector):
     """The same, compiled once for all layers. vector: of one token, whose products become sums in loops of their own."""
     torch._dynamo.config.recompile_limit = 64  # a graph for each number of rows, tokens and size of cache
     return torch.compile(decode_block, dynamic=False, options={"coordinate_descent_tuning": True} if vector else None)
+
+
+# -----------------------------------------------------------------------------
+# Decoding a few rows on a GPU takes as long as reading the weights, if nothing else waits: so a product and all that
+# stands around it is one kernel, and the next kernel fetches its weights while this one ends (programmatic launch)
+
+
+VECTORS = 8  # rows up to which
+TILE = 16384  # weights of a program
+
+
+def early():
+    """How to launch a kernel that may start before its forerunner ends; it waits by itself, see gdc_wait."""
+    able = not torch.compiler.is_compiling() and torch.cuda.is_available() and hasattr(tl.extra.cuda, "gdc_wait") \
+        and torch.cuda.get_device_capability() >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
+
+
+def vector_product(x, *linears, norm=None, act="", residual=None):
+    """
+    Up to three Linears of the same few rows x (M, K), side by side: (M, ΣN). norm is applied to x before, act (a name
+    of ACTIVATIONS) to y after; of GATED's, to the first of two, which then multiplies the other. residual (M, N) is
+    added in the end.
+    """
+    M, K = x.shape
+    gated, stored = act in GATED, [f.stored() for f in linears]
+    widths, bits, group = [f.out_features for f in linears], stored[0].bits, stored[0].group
+    y = x.new_empty(M, widths[0] if gated else sum(widths))
+    wide = triton.next_power_of_2(K)
+    rows = max(1, TILE // wide // (1 + gated))
+    three = lambda values: (list(values) + [values[0]] * 2)[:3]  # absent ones are never read
+    given = lambda t, other: other if t is None else t
+    gain, shift = (None, None) if norm is None else (norm.weight, norm.bias)
+    grid = triton.cdiv(max(widths), rows), 1 if gated else len(linears)
+    triton_vector[grid](
+        x, y, given(gain, x), given(shift, x), given(stored[0].stretch, x), given(residual, x),
+        *three([s.weight for s in stored]), *three([given(f.bias, x) for f in linears]),
+        *three([given(s.scale, x) for s in stored]), *three([given(s.zero, x) for s in stored]), *three(widths), y.shape[1],
+        0.0 if norm is None else norm.eps, K=K, M=M, ROWS=rows, WIDE=wide, BITS=bits, GROUP=group or wide,
+        NORM="" if norm is None else norm.normalize.__name__, GAIN=gain is not None, SHIFT=shift is not None,
+        STRETCH=stored[0].stretch is not None, BIAS=linears[0].bias is not None, ZERO=stored[0].zero is not None,
+        ACT=act, GATED=gated, RESIDUAL=residual is not None, num_warps=4, **early())
+    return y
+
+
+def vector_block(block, x, rope, slots):
+    """decode_block, x (B, T, C) of few rows in all: five kernels, six with rope or q and k normalized."""
+    (B, T, C), a, f = x.shape, block.attn, block.mlp
+    x = x.reshape(B * T, C)
+    qkv = vector_product(x, a.q, a.k, a.v, norm=block.norm1)
+    heads = [g.out_features // a.head_dim for g in (a.q, a.k, a.v)]
+    if rope is not None or a.q_norm is not None:
+        gains = [x if n is None or n.weight is None else n.weight for n in (a.q_norm, a.k_norm)]
+        norm, width = a.q_norm, 0 if rope is None else rope.shape[-1]
+        table = x if rope is None else (rope if rope.dim() == 5 else rope.unsqueeze(1)).expand(2, B, T, 1, -1).contiguous()
+        triton_rotate[(B * T, heads[0] + heads[1])](
+            qkv, table, *gains, B * T * width, 0.0 if norm is None else norm.eps, Q=heads[0], ROW=qkv.shape[1],
+            D=a.head_dim, WIDE=triton.next_power_of_2(a.head_dim), TURNS=width,
+            NORM="" if norm is None else norm.normalize.__name__, GAIN=norm is not None and norm.weight is not None,
+            num_warps=1, **early())
+    q, k, v = (z.view(B, T, -1, a.head_dim).transpose(1, 2) for z in
+               qkv.split([n * a.head_dim for n in heads], -1))
+    y = decode_attention(q, k, v, slots, a.scale, 0.0)
+    x = vector_product(y.transpose(1, 2).reshape(B * T, -1), a.o, residual=x)
+    h = vector_product(x, *([f.up] if f.gate is None else [f.gate, f.up]), norm=block.norm2, act=f.kind)
+    return vector_product(h, f.down, residual=x).view(B, T, C)
+
+
+def vectorizes(block):
+    """Can vector_block run this block, its Linears as they were made, or quantized on an even grid?"""
+    a, f = block.attn, block.mlp
+    if (type(block), type(a), type(f)) != (Block, Attention, MLP) or block.place != "pre" or block.scale != 1 \
+            or a.q_norm is not None and a.qk_norm_all:
+        return False
+    for together in ((a.q, a.k, a.v), (a.o,), (f.up,) if f.gate is None else (f.gate, f.up), (f.down,)):
+        stored = [g.stored() if hasattr(g, "stored") else None for g in together]
+        if None in stored or together[0].in_features > 16384 or len(together) > 1 and stored[0].stretch is not None:
+            return False
+        if len({(s.weight.dtype, s.bits, s.group, s.zero is None, g.bias is None) for s, g in zip(stored, together)}) > 1:
+            return False
+    return True
+
+
+if triton is not None:
+    @triton.jit
+    def one_of(which, a, b, c):
+        return tl.where(which == 0, a, tl.where(which == 1, b, c))
+
+    @triton.jit
+    def vector_weights(w, scale, zero, n, N, K: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr,
+                       GROUP: tl.constexpr, ZERO: tl.constexpr):
+        """Rows n of the weights: (n, WIDE), or (n, WIDE / 2) bytes of two codes; scales and zeros (n, WIDE / GROUP)."""
+        packed: tl.constexpr = 2 if BITS == 4 else 1
+        k, at = tl.arange(0, WIDE // packed), n.to(tl.int64)
+        tile = tl.load(w + at[:, None] * (K // packed) + k[None, :], mask=(n < N)[:, None] & (k < K // packed)[None, :],
+                       other=0)
+        g, groups = tl.arange(0, WIDE // GROUP), tl.cdiv(K, GROUP)
+        there, place = (n < N)[:, None] & (g < groups)[None, :], at[:, None] * groups + g[None, :]
+        if BITS:
+            s = tl.load(scale + place, mask=there, other=0).to(tl.float32)
+        else:
+            s = tl.full([ROWS, 1], 1.0, tl.float32)
+        if ZERO:
+            z = tl.load(zero + place, mask=there, other=0).to(tl.float32)
+        else:
+            z = tl.full([ROWS, 1], 8.0, tl.float32)
+        return tile, s, z
+
+    @triton.jit
+    def vector_input(x, stretch, g, h, eps, K: tl.constexpr, WIDE: tl.constexpr, NORM: tl.constexpr,
+                     STRETCH: tl.constexpr):
+        """A row of x, normalized and stretched: (WIDE,) float32."""
+        k = tl.arange(0, WIDE)
+        v = tl.load(x + k, mask=k < K, other=0).to(tl.float32)
+        if NORM == "layer_norm":
+            v = tl.where(k < K, v - tl.sum(v, 0) / K, 0.0)
+        if NORM != "":
+            v = v * tl.rsqrt(tl.sum(v * v, 0) / K + eps) * g + h
+            v = v.to(x.dtype.element_ty).to(tl.float32)
+        if STRETCH:
+            v *= tl.load(stretch + k, mask=k < K, other=0).to(tl.float32)
+        return v
+
+    @triton.jit
+    def vector_dot(tile, s, z, v, ROWS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+        """Those rows times v (WIDE,): (n,). Codes of 8 bits are stored less 128, so that their zero is 0."""
+        if BITS == 4:
+            even, odd = tl.split(tl.reshape(v, (WIDE // 2, 2)))
+            terms = (tile >> 4).to(tl.float32) * even[None, :] + (tile & 15).to(tl.float32) * odd[None, :]
+            sums = tl.sum(tl.reshape(terms, (ROWS, WIDE // GROUP, GROUP // 2)), 2)
+            whole = tl.sum(tl.reshape(even + odd, (WIDE // GROUP, GROUP // 2)), 1)
+            dot = tl.sum((sums - z * whole[None, :]) * s, 1)
+        else:
+            dot = tl.sum(tile.to(tl.float32) * v[None, :], 1) * tl.sum(s, 1)
+        return dot
+
+    @triton.jit
+    def activated(z, ACT: tl.constexpr):
+        if ACT == "gelu_tanh" or ACT == "geglu_tanh":  # (1 + tanh(u)) / 2 = σ(2 u)
+            return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        elif ACT == "gelu" or ACT == "geglu":
+            return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+        elif ACT == "relu" or ACT == "reglu":
+            return tl.maximum(z, 0.0)
+        elif ACT == "relu2":
+            return tl.maximum(z, 0.0) * tl.maximum(z, 0.0)
+        elif ACT == "silu" or ACT == "swiglu":
+            return z * tl.sigmoid(z)
+        elif ACT == "glu":
+            return tl.sigmoid(z)
+        else:
+            return z
+
+    @triton.jit
+    def triton_vector(x, y, gain, shift, stretch, residual, w0, w1, w2, b0, b1, b2, s0, s1, s2, z0, z1, z2, N0, N1, N2,
+                      total, eps, K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr,
+                      GROUP: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr,
+                      STRETCH: tl.constexpr, BIAS: tl.constexpr, ZERO: tl.constexpr, ACT: tl.constexpr,
+                      GATED: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr):
+        """vector_product: ROWS rows of one of the matrices, or of gate and up. What is known before x is loaded first."""
+        which, n, k = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
+        N, column = one_of(which, N0, N1, N2), one_of(which, 0, N0, N0 + N1) + n
+        w, scale, zero = one_of(which, w0, w1, w2), one_of(which, s0, s1, s2), one_of(which, z0, z1, z2)
+        tile, s, z = vector_weights(w, scale, zero, n, N, K, ROWS, WIDE, BITS, GROUP, ZERO)
+        if GATED:
+            tile_up, s_up, z_up = vector_weights(w1, s1, z1, n, N, K, ROWS, WIDE, BITS, GROUP, ZERO)
+        if BIAS:
+            bias = tl.load(one_of(which, b0, b1, b2) + n, mask=n < N, other=0).to(tl.float32)
+            bias_up = tl.load(b1 + n, mask=n < N, other=0).to(tl.float32) if GATED else bias
+        g = tl.load(gain + k, mask=k < K, other=0).to(tl.float32) if GAIN else 1.0
+        h = tl.load(shift + k, mask=k < K, other=0).to(tl.float32) if SHIFT else 0.0
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        for m in tl.static_range(M):
+            v = vector_input(x + m * K, stretch, g, h, eps, K, WIDE, NORM, STRETCH)
+            out = vector_dot(tile, s, z, v, ROWS, WIDE, BITS, GROUP)
+            out = activated(out + bias if BIAS else out, ACT)
+            if GATED:
+                up = vector_dot(tile_up, s_up, z_up, v, ROWS, WIDE, BITS, GROUP)
+                out *= up + bias_up if BIAS else up
+            if RESIDUAL:
+                out += tl.load(residual + m * total + column, mask=n < N, other=0).to(tl.float32)
+            tl.store(y + m * total + column, out.to(y.dtype.element_ty), mask=n < N)
+
+    @triton.jit
+    def triton_rotate(qkv, table, q_gain, k_gain, sines, eps, Q: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr,
+                      WIDE: tl.constexpr, TURNS: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr,
+                      PDL: tl.constexpr):
+        """In place, one head of q or k of one row: its norm, then apply_rope on its first TURNS entries."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        m, head, d = tl.program_id(0), tl.program_id(1), tl.arange(0, WIDE)
+        half: tl.constexpr = TURNS // 2
+        mine = qkv + m * ROW + head * D
+        gain = tl.where(head < Q, q_gain, k_gain)
+        other = tl.where(d < half, d + half, tl.where(d < TURNS, d - half, d))  # the partner of a turn
+        u, w = tl.load(mine + d, mask=d < D, other=0).to(tl.float32), tl.load(mine + other, mask=d < D, other=0).to(tl.float32)
+        if NORM == "layer_norm":
+            mean = tl.sum(u, 0) / D
+            u, w = tl.where(d < D, u - mean, 0.0), tl.where(d < D, w - mean, 0.0)
+        if NORM != "":
+            scale = tl.rsqrt(tl.sum(u * u, 0) / D + eps)
+            u, w = u * scale, w * scale
+            if GAIN:
+                u *= tl.load(gain + d, mask=d < D, other=0).to(tl.float32)
+                w *= tl.load(gain + other, mask=d < D, other=0).to(tl.float32)
+        if TURNS:
+            cos = tl.load(table + m * TURNS + d, mask=d < TURNS, other=1).to(tl.float32)
+            sin = tl.load(table + sines + m * TURNS + d, mask=d < TURNS, other=0).to(tl.float32)
+            u = u * cos + w * sin
+        tl.debug_barrier()  # all have read before one writes
+        tl.store(mine + d, u.to(qkv.dtype.element_ty), mask=d < D)
 
 
 # -----------------------------------------------------------------------------
@@ -1355,6 +1582,7 @@ class GPT(nn.Module):
         flexible = device.type == "cuda" and cache is None and not (self.training and c.dropout) and not first
         flexible = flexible and c.head_dim >= 16  # the least that flex_attention takes
         fused = not prefill and self.fuses(T) and not first
+        vectors = fused and B * T <= VECTORS and not (self.training and c.dropout) and all(map(vectorizes, self.blocks))
         views = {} if fused else self.views(B, T, places, keys, doc_ids, prefix, None if prefill else cache, flexible)
 
         if first:  # keys and values of virtual tokens stand before everybody's own
@@ -1375,7 +1603,7 @@ class GPT(nn.Module):
             elif cache is None:
                 x = block(x, rope, view)
             elif fused:
-                decode = compiled_decode_block(B * T == 1) if cache.compiled else decode_block
+                decode = vector_block if vectors else compiled_decode_block(B * T == 1) if cache.compiled else decode_block
                 slopes = c.alibi_scale * self.slopes if c.pos == "alibi" else None
                 x = decode(block, x, rope, Slots(cache.k[l], cache.v[l], cache.pos, depth, tree, slopes, kind,
                                                  c.window))

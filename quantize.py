@@ -38,6 +38,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from bpe import BadInput, Tokenizer, cli, read_json, replace_file
+from model import VECTORS, Stored, triton, vector_product
 
 # -----------------------------------------------------------------------------
 # Codes and where they lie: what quantize returns, what the file holds
@@ -465,23 +466,6 @@ def int8_cpu(x, codes, scale):
     return torch._weight_int8pack_mm(x.bfloat16(), codes, scale).to(x.dtype)
 
 
-def int8_row(x, codes, scale):
-    """One row x (1, K): compiled, the cast, product and sum are a single pass over the codes (N, K)."""
-    return ((codes.float() * x.float()).sum(-1) * scale)[None].to(x.dtype)
-
-
-@functools.cache
-def compiled_row():
-    return torch.compile(int8_row, dynamic=False)
-
-
-def int8_cuda(x, codes, scale):
-    if len(x) > 1:
-        return F.linear(x, codes.to(x.dtype)) * scale.to(x.dtype)
-    row = int8_row if torch.compiler.is_compiling() else compiled_row()
-    return row(x, codes, scale)
-
-
 def int4_cpu(x, packed, group, scale_m):
     return torch._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, group, scale_m).to(x.dtype)
 
@@ -495,8 +479,6 @@ def int8_kernel(q):
     codes, scale = q.parts["codes"], q.parts["scale"][:, 0]
     if codes.device.type == "cpu":  # fast with bfloat16 alone: other dtypes take a scalar loop
         return int8_cpu, (codes, scale.bfloat16())
-    if codes.device.type == "cuda" and importlib.util.find_spec("triton"):
-        return int8_cuda, (codes, scale)
 
 
 def int4_kernel(q):
@@ -597,9 +579,6 @@ class FrozenProduct(torch.autograd.Function):
         return grad @ dequantize(ctx.linear.q, grad.dtype), None
 
 
-FEW = 8  # rows up to which a kernel beats a dequantized matrix
-
-
 class QuantLinear(nn.Module):
     """y = x Ŵᵀ + b over a QTensor, whose parts are buffers; the gradient passes to x (QLoRA), never to Ŵ."""
 
@@ -623,22 +602,37 @@ class QuantLinear(nn.Module):
         return dequantize(self.q)
 
     def forward(self, x):
-        y = FrozenProduct.apply(x, self) if x.requires_grad and torch.is_grad_enabled() else self.product(x)
+        train = x.requires_grad and torch.is_grad_enabled()
+        return self.biased(FrozenProduct.apply(x, self)) if train else self.product(x)
+
+    def biased(self, y):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def product(self, x):
-        """x Ŵᵀ: few rows by a kernel that reads the codes, many by the dequantized matrix, in x's dtype."""
+        """x Ŵᵀ + b: few rows by a kernel that reads the codes, many by the dequantized matrix, in x's dtype."""
+        few, flat = x.numel() <= VECTORS * self.in_features, x.reshape(-1, self.in_features)
+        if few and x.is_cuda and triton is not None and self.stored() is not None:
+            return vector_product(flat, self).view(*x.shape[:-1], -1)
         if self.kernel is None:
             self.kernel, self.packed = kernel_of(self.q) or (False, ())
-        few = self.kernel and x.numel() <= FEW * self.in_features
+        few = self.kernel and few
         if not few and self.method not in WITH_ACTIVATIONS:
-            return F.linear(x, dequantize(self.q, x.dtype))
-        flat = x.reshape(-1, self.in_features)
+            return self.biased(F.linear(x, dequantize(self.q, x.dtype)))
         scaled_x = flat * self.in_scale.to(x.dtype) if "in_scale" in self.names else flat
         y = self.kernel(scaled_x, *self.packed) if few else WITH_ACTIVATIONS[self.method](scaled_x, self.q.parts)
         if "up" in self.names:
             y = y + flat @ self.down.to(x.dtype).T @ self.up.to(x.dtype).T
-        return y.view(*x.shape[:-1], -1)
+        return self.biased(y).view(*x.shape[:-1], -1)
+
+    def stored(self):
+        """What model.py's vector_product can read: codes of 8 bits with a scale a row, or of 4 with 2^n to a group."""
+        even, group = self.method in GRIDS or self.method in ("gptq", "awq"), self.group or self.in_features
+        whole = even and self.bits == 8 and self.group == 0 and "zero" not in self.names
+        halves = even and self.bits == 4 and (self.group == 0 or self.group > 1 and self.group & (self.group - 1) == 0)
+        if type(self) not in (QuantLinear, QuantEmbedding) or "up" in self.names or not (whole or halves and self.in_features % 2 == 0 == self.in_features % group):
+            return None
+        return Stored(self.codes, self.bits, self.group, self.scale, getattr(self, "zero", None),
+                      getattr(self, "in_scale", None))
 
     def _apply(self, move, recurse=True):
         """To another device, never to another dtype; the kernel's own copy of the codes is made again."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as M
+import quantize as Q
 from bpe import BadInput, Tokenizer
 from conftest import ROOT, need
 from model import GPT, GPTConfig, KVCache, init_weights
@@ -852,10 +853,98 @@ print("equal")
 """
 
 
+VECTORS = """
+import sys; sys.path.insert(0, {root!r})
+import torch, model as M, quantize as Q, torch.nn.functional as F
+device, norms = {device!r}, {{"layernorm": True, "layernorm_plain": False, "rmsnorm": False, "": True}}
+torch.manual_seed(0)
+M.TILE = 512  # several rows a program, and a last one that is not full
+for rows, K, widths, norm, act, residual, method, group in [
+        (1, 48, [40], "layernorm", "gelu_tanh", 0, "", 0), (3, 48, [48, 24, 24], "rmsnorm", "", 0, "", 0),
+        (2, 64, [40, 40], "rmsnorm", "swiglu", 0, "", 0), (1, 40, [64, 64], "layernorm_plain", "geglu", 0, "", 0),
+        (2, 72, [300], "", "relu2", 1, "", 0), (2, 96, [64, 32, 32], "layernorm", "", 0, "symmetric:8", 0),
+        (1, 96, [50], "", "gelu", 1, "zeropoint:4", 32), (2, 96, [64, 64], "rmsnorm", "silu", 0, "absmax:4", 32),
+        (2, 64, [20, 20], "rmsnorm", "reglu", 0, "zeropoint:4", 0), (1, 128, [64], "", "", 0, "stretched:4", 64)]:
+    bias = norms[norm]
+    linears = [M.Linear(K, n, bias=bias) for n in widths]
+    norm = M.Norm(M.GPTConfig(n_head=2, n_embd=K, norm=norm, norm_bias=bias)) if norm else None
+    for p in () if norm is None else norm.parameters():
+        torch.nn.init.normal_(p, 1, 0.2)
+    if method:
+        name, bits = method.split(":")
+        stretch = {{"in_scale": torch.rand(K) + 0.5}} if name == "stretched" else {{}}
+        qs = [Q.quantize(f.weight.detach(), "zeropoint" if stretch else name, int(bits), group) for f in linears]
+        linears = [Q.QuantLinear(q._replace(parts=q.parts | stretch), f.bias) for q, f in zip(qs, linears)]
+        assert all(f.stored() is not None for f in linears)
+    x, more = torch.randn(rows, K), torch.randn(rows, widths[0]) if residual else None
+    h = x if norm is None else norm(x)
+    ys = [F.linear(h, f.weight, f.bias) for f in linears]  # a stretch is part of .weight
+    want = M.GATED[act](ys[0]) * ys[1] if act in M.GATED else torch.cat(ys, -1)
+    want = (M.ACTIVATIONS[act](want) if act in M.ACTIVATIONS else want) + (more if residual else 0)
+    there = lambda m: m if m is None else m.to(device)
+    got = M.vector_product(there(x), *map(there, linears), norm=there(norm), act=act, residual=there(more)).cpu()
+    assert torch.allclose(got, want, atol=2e-5), (K, widths, act, method, (got - want).abs().max())
+
+for style in (M.GPT2, dict(M.LLAMA, n_kv_head=2), dict(M.LLAMA, n_kv_head=1, qk_norm=True), {{}},
+              dict(M.QWEN2, rope_dim=8, n_kv_head=2)):
+    c = M.GPTConfig(**style | dict(vocab_size=64, n_layer=1, n_head=4, n_embd=64, block_size=64, n_hidden=96))
+    model = M.GPT(c)
+    M.init_weights(model)
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p) * 0.1)
+    block = model.eval().to(device).blocks[0]
+    assert M.vectorizes(block)
+    for B, T in ((1, 1), (2, 3)):
+        x, pos, depth = (t.to(device) for t in (torch.randn(B, T, 64), torch.tensor([5, 20][:B]), torch.arange(T)))
+        k, v = (torch.randn(B, c.n_kv_head, 64, c.head_dim, device=device) for _ in "kv")
+        rope = model.rope[:, pos[:, None] + depth].unsqueeze(-2) if c.pos == "rope" else None
+        see = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        one, two = (M.Slots(k.clone(), v.clone(), pos, depth, see, None, "full", 0) for _ in "12")
+        with torch.no_grad():
+            want, got = M.decode_block(block, x, rope, one), M.vector_block(block, x, rope, two)
+        assert torch.allclose(got, want, atol=2e-5), (style, B, T, (got - want).abs().max())
+        assert torch.allclose(one.k, two.k, atol=1e-5) and torch.equal(one.v, two.v) or torch.allclose(one.v, two.v, atol=1e-5)
+print("equal")
+"""
+
+
 @pytest.mark.skipif(M.triton is None, reason="triton is not installed; it comes with torch for CUDA")
-def test_the_decoding_kernel_equals_attention():
+@pytest.mark.parametrize("script", [KERNEL, VECTORS], ids=["attention", "products"])
+def test_the_decoding_kernels_equal_what_they_stand_for(script):
     """On a GPU, or by Triton's interpreter."""
     cuda = torch.cuda.is_available()
-    done = subprocess.run([sys.executable, "-c", KERNEL.format(root=str(ROOT), device="cuda" if cuda else "cpu")],
+    done = subprocess.run([sys.executable, "-c", script.format(root=str(ROOT), device="cuda" if cuda else "cpu")],
                           env={**os.environ, **({} if cuda else {"TRITON_INTERPRET": "1"})}, capture_output=True, text=True)
     assert done.stdout == "equal\n", done.stderr
+
+
+@pytest.mark.parametrize("change, fits", [
+    ({}, True), ({"qk_norm": True, "qk_norm_all": True}, False), ({"place": "post"}, False), ({"n_expert": 2}, False)])
+def test_blocks_that_the_kernels_do_not_know_keep_their_own_forward(change, fits):
+    c = M.GPTConfig(**dict(M.LLAMA, vocab_size=64, n_layer=1, n_head=4, n_embd=32, block_size=32) | change)
+    block = M.GPT(c).blocks[0]
+    assert M.vectorizes(block) == fits
+    if fits:  # AWQ stretches the inputs of each its own way; what stands alone may
+        quantized = lambda f: Q.QuantLinear(Q.quantize(f.weight.detach(), "awq", 4, 32, hessian=torch.eye(32),
+                                                       mean_abs=torch.rand(32) + 0.1))
+        for p in block.parameters():
+            torch.nn.init.normal_(p)
+        block.attn.o = quantized(block.attn.o)
+        assert M.vectorizes(block)
+        for name in "qkv":
+            setattr(block.attn, name, quantized(getattr(block.attn, name)))
+        assert not M.vectorizes(block)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 32, 33])
+def test_a_product_of_few_rows_is_the_product(rows):
+    x, weight, bias = torch.randn(rows, 3, 512)[:, 1], torch.randn(640, 512), torch.randn(640)
+    for b in (None, bias):
+        with torch.no_grad():
+            got = M.product(x, weight, b)
+        assert torch.allclose(got, F.linear(x, weight, b), atol=1e-3) and got.shape == (rows, 640)
+    with torch.no_grad():
+        assert M.product(x[None], weight).shape == (1, rows, 640)
+    weight.requires_grad_()
+    M.product(x, weight).sum().backward()
+    assert torch.allclose(weight.grad, x.sum(0).expand(640, -1), atol=1e-4)

@@ -29,8 +29,6 @@ import math
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -965,21 +963,8 @@ def table(args):
 
     def many(runs):
         """{name: metrics} of {name: flags}, --jobs at a time."""
-        waiting, running = list(runs.items()), {}
-        while waiting or running:
-            while waiting and len(running) < args.jobs:
-                name, flags = waiting.pop(0)
-                if not (out / name / "run.json").exists():
-                    line = [sys.executable, __file__, *shared, *flags, "--out", out / name]
-                    running[name] = subprocess.Popen([*map(str, line)], stdout=subprocess.DEVNULL)
-            for name, process in list(running.items()):
-                if process.poll() is not None:
-                    if running.pop(name).returncode:
-                        raise BadInput(f"the run {name} failed: start it alone to see why "
-                                       f"({' '.join(map(str, runs[name]))})")
-                    print(f"{name} is done", file=sys.stderr, flush=True)
-            time.sleep(0.2)
-        return {name: json.loads((out / name / "run.json").read_text())["metrics"] for name in runs}
+        found = lora.launch("dpo.py", {str(out / name): [*shared, *flags] for name, flags in runs.items()}, args.jobs)
+        return {name: found[str(out / name)] for name in runs}
 
     grid = {}
     for name, flags in rows.items():

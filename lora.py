@@ -21,9 +21,11 @@ is the two files of PEFT's format and a run.json that names its base; every --in
     python lora.py count llama-7b --lora_targets all,head
     python lora.py merge out/sft --out out/merged           # one plain model
     python lora.py bench --preset gpt2-xl --device cuda     # memory and speed: full, LoRA, QLoRA
+    python lora.py table --init out/sft --jobs 2            # every method learns a new task: right answers, time
 """
 import argparse
 import contextlib
+import copy
 import functools
 import gc
 import hashlib
@@ -31,6 +33,9 @@ import itertools
 import json
 import math
 import re
+import statistics
+import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -1085,6 +1090,63 @@ def bench(args):
             torch.compiler.reset()
 
 
+def launch(script, runs, jobs):
+    """{folder: metrics} of runs of a script, {folder: flags}, `jobs` at once; complete ones are not run again."""
+    waiting, running = [out for out in runs if not (Path(out) / "run.json").exists()], {}
+    line = {out: [sys.executable, str(Path(__file__).with_name(script)), *map(str, flags), "--out", str(out)]
+            for out, flags in runs.items()}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            out = waiting.pop(0)
+            running[out] = subprocess.Popen(line[out], stdout=subprocess.DEVNULL)
+        for out, process in list(running.items()):
+            if process.poll() is not None:
+                if running.pop(out).returncode:
+                    for other in running.values():
+                        other.terminate()
+                    raise BadInput(f"the run {out} failed: start it alone to see why ({' '.join(line[out][1:])})")
+                print(f"{out} is done", file=sys.stderr, flush=True)
+        time.sleep(0.2)
+    return {out: read_json(Path(out) / "run.json")["metrics"] for out in runs}
+
+
+def mean_sd(values, form=".1%"):
+    sd = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{sd}"
+
+
+def table(args):
+    """
+    Each method learns --data from --init by sft.py: seed 0 at every one of --lrs, --seeds of them at the best by right
+    answers. Prints what it trains, speed, and right answers.
+    """
+    root, shared = Path(args.out), ["--init", args.init, "--data", args.data, "--steps", args.steps, "--mix", "none",
+                                    "--eval_answers", args.answers, "--device", args.device, "--eval_every", 0]
+    rows = {"full": ["--tune", "full"]} | {tune: ["--tune", tune] for tune in METHODS}
+    rows |= {"lora, all": ["--tune", "lora", "--lora_targets", "all"], "dora, all": ["--tune", "dora", "--lora_targets", "all"],
+             "qlora, all": ["--tune", "lora", "--lora_targets", "all", "--quantize", "nf4"]}
+    model = meta_model(preset(args.init) if args.init in PRESETS else GPT.from_pretrained(args.init).config)
+    for tune in list(METHODS):
+        try:
+            apply(copy.deepcopy(model), Adapter(tune))
+        except BadInput as error:
+            print(f"{tune} is left out: {str(error).partition(':')[0]}", file=sys.stderr)
+            del rows[tune]
+    folder = lambda name, lr, seed: str(root / f"{name.replace(', ', '-')}-{lr}-{seed}")
+    flags = lambda name, lr, seed: [*shared, *rows[name], "--lr", lr, "--seed", seed]
+    tried = launch("sft.py", {folder(name, lr, 0): flags(name, lr, 0) for name in rows for lr in args.lrs.split(",")},
+                   args.jobs)
+    best = {name: max(args.lrs.split(","), key=lambda lr: tried[folder(name, lr, 0)]["accuracy"]) for name in rows}
+    found = launch("sft.py", {folder(name, best[name], seed): flags(name, best[name], seed) for name in rows
+                              for seed in range(args.seeds)}, args.jobs)
+    print("| method | trained | rate | tokens/s | peak memory | right |\n|---|---|---|---|---|---|")
+    for name in rows:
+        seeds = [found[folder(name, best[name], seed)] for seed in range(args.seeds)]
+        speed, memory = (statistics.median(m[key] for m in seeds) for key in ("tokens_per_s", "peak_memory"))
+        print(f"| {name} | {int(seeds[0]['trained']):,} | {best[name]} | {speed:,.0f} | {memory / 2 ** 20:,.0f} MiB | "
+              f"{mean_sd([m['accuracy'] for m in seeds])} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command")
@@ -1109,6 +1171,17 @@ def main():
     sub.add_argument("--device", default="auto")
     sub.add_argument("--compile", default=None, action=argparse.BooleanOptionalAction)
     sub.set_defaults(run=bench)
+    sub = commands.add_parser("table", help=table.__doc__)
+    sub.add_argument("--init", default="out/sft")
+    sub.add_argument("--data", default="addition", help="as sft.py's")
+    sub.add_argument("--out", default="out/methods", help="folder of the runs; complete ones there are kept")
+    sub.add_argument("--lrs", default="1e-3,3e-3,1e-2,3e-2", help="rates that seed 0 tries")
+    sub.add_argument("--steps", type=int, default=600)
+    sub.add_argument("--answers", type=int, default=300, help="held-out questions")
+    sub.add_argument("--seeds", type=int, default=3)
+    sub.add_argument("--jobs", type=int, default=1, help="runs at once")
+    sub.add_argument("--device", default="auto")
+    sub.set_defaults(run=table)
     args = parser.parse_args()
     if args.command is None:
         args = parser.parse_args(["count"])

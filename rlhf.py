@@ -41,13 +41,13 @@ What a trustworthy implementation does, each with its test in tests/test_rlhf.py
 """
 import argparse
 import contextlib
+import importlib
+import importlib.util
 import json
 import math
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +60,7 @@ import torch.nn.functional as F
 import data
 import lora
 from bpe import BadInput, Tokenizer, chat_end, chat_format, cli, replace_file
-from data import addition, tastes
+from data import tastes
 from model import (GPT, GPTConfig, PARALLEL, RewardModel, adamw_groups, add_up, all_reduce, build_model, by_response,
                    gather_into, init_weights, kv_cache_bytes, peak_memory, rollouts, same_count, save_run,
                    setup_process, shard, shares_prompts, step_forward, token_logprobs)
@@ -333,7 +333,6 @@ def reward_function(spec, tasks, device):
                                                           torch.tensor(safe(prompts, responses))).tolist()
     file, _, name = spec.rpartition(":")
     if file.endswith(".py") and Path(file).is_file():
-        import importlib.util
         module = importlib.util.spec_from_file_location("reward", file)
         code = importlib.util.module_from_spec(module)
         module.loader.exec_module(code)
@@ -427,23 +426,38 @@ def memory_table(models, rows, say):
 
 
 # -----------------------------------------------------------------------------
-# A small start of one's own: --task addition and tastes
+# A start of one's own: --task addition, tastes, multiplication
+
+
+class Start(NamedTuple):
+    """A character model for a task, and how its SFT goes."""
+    n_layer: int = 2
+    n_head: int = 4
+    n_embd: int = 96
+    lr: float = 2e-3
+    batch: int = 128
+    warmup: int = 20
+    decay: bool = False   # to 0 after --start_steps; the others stop where --stop of their samples are right
+    new: int = 6          # tokens of an answer, at most
+    rl_lr: float = 1e-3
+
+
+STARTS = {"addition": Start(), "tastes": Start(decay=True, new=16, rl_lr=3e-4),
+          "multiplication": Start(8, 8, 512, lr=5e-4, batch=512, warmup=100, new=24, rl_lr=1e-4)}
 
 
 def train_start(args, device, say):
     """
-    A character model of 0.23M parameters that answers a task's questions not quite well: SFT, stopped where --stop of
-    its samples are right (tastes: after --start_steps). Kept in OUT/../start-TASK-…, once for all runs. Returns the
-    folder.
+    A model of STARTS that answers a task's questions not quite well. Kept in OUT/../start-TASK-…, once for all runs.
+    Returns the folder.
     """
-    module = {"addition": addition, "tastes": tastes}[args.task]
+    module, shape = importlib.import_module(f"data.{args.task}"), STARTS[args.task]
     noise = f"-noise{args.teacher_noise:g}" if args.teacher_noise else ""
     folder = Path(args.out).parent / f"start-{args.task}{noise}-{args.seed}"
     if (folder / "run.json").exists():
         return folder
     begun, rows = time.time(), list(module.problems("train"))
-    letters = addition.LETTERS if args.task == "addition" else tastes.LETTERS + "\n"
-    tokenizer = Tokenizer.train([letters], 0, kind="char")
+    tokenizer = Tokenizer.train([module.LETTERS + "\n"], 0, kind="char")
     tokenizer.chat = {"template": "plain", "system": None}
     rng = random.Random(args.seed)
     if args.teacher_noise:  # a teacher that often gets one digit wrong
@@ -451,27 +465,29 @@ def train_start(args, device, say):
             if rng.random() < args.teacher_noise:
                 at, digit = int(rng.random() * len(row["answer"])), str(int(rng.random() * 10))
                 row["answer"] = row["answer"][:at] + digit + row["answer"][at + 1:]
-    model = GPT(GPTConfig(block_size=48, vocab_size=tokenizer.n_vocab, n_layer=2, n_head=4, n_embd=96, init="gpt2"))
+    model = GPT(GPTConfig(block_size=48, vocab_size=tokenizer.n_vocab, init="gpt2",
+                          **{name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd")}))
     init_weights(model, args.seed)
     model.to(device)
+    if device.type == "cuda" if args.compile is None else args.compile:
+        model.compile_parts()
     pairs = [data.prompt_and_response(tokenizer, [{"role": "user", "content": r["prompt"]}], r["answer"]) for r in rows]
     x = torch.tensor([p + r[:-1] for p, r in pairs], device=device)
     y = torch.tensor([[-100] * (len(p) - 1) + r for p, r in pairs], device=device)
     asked, end = list(module.problems("train", 500)), chat_end(tokenizer, "plain")
     prompts = [data.question(tokenizer, r["prompt"]) for r in asked]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=shape.lr, betas=(0.9, 0.99))
     order, accuracy = np.random.default_rng(args.seed), 0.0
     for step in range(args.start_steps):
-        rows = torch.from_numpy(order.integers(0, len(x), 128)).to(device)
+        rows = torch.from_numpy(order.integers(0, len(x), shape.batch)).to(device)
         for group in optimizer.param_groups:
-            share = 1 if args.task == "addition" else 1 - step / args.start_steps
-            group["lr"] = 2e-3 * min(1, (step + 1) / 20) * share
+            group["lr"] = shape.lr * min(1, (step + 1) / shape.warmup) * (1 - shape.decay * step / args.start_steps)
         optimizer.zero_grad()
         loss = model(x[rows], y[rows])[1]
         loss.backward()
         optimizer.step()
-        if args.task == "addition" and step % 10 == 9 and step >= 200:
-            found = rollouts(model, prompts, 1, end, 6, 1.0, seed=step, batch=500)
+        if not shape.decay and step % 5 == 4 and step >= 200:
+            found = rollouts(model, prompts, 1, end, shape.new, 1.0, seed=step, batch=500)
             texts = [data.answer_text(tokenizer, ids) for ids, in found]
             accuracy = sum(data.is_right(text, r["answer"]) for text, r in zip(texts, asked)) / 500
             if accuracy >= args.stop:
@@ -1088,8 +1104,8 @@ def get_args(argv=None):
     # run
     add("--stage", default="rl", choices=["rl", "rm"], help="the policy, or the reward model")
     add("--init",
-        help="policy to start from, and reference (default: out/sft; of addition and tastes a small model that is "
-             "trained first)")
+        help="policy to start from, and reference (default: out/sft; of addition, tastes and multiplication a model "
+             "that is trained first)")
     add("--out", help="run directory (default: out/rl, of --stage rm out/rm); a finished run there is kept as OUT.old")
     add("--resume", action="store_true", help="go on from OUT/optim.pt, with its arguments unless given again")
     add("--seed", type=int, default=0, help="of samples, order and the small start")
@@ -1161,12 +1177,13 @@ def get_args(argv=None):
     add("--prompts", type=int, default=32, help="an iteration, over all processes")
     add("--group", type=int, default=8, help="answers to each prompt")
     add("--temperature", type=float, default=1.0)
-    add("--max_new_tokens", type=int, default=0, help="(0: addition 6, arithmetic 8, tastes 16, others 128)")
+    add("--max_new_tokens", type=int, default=0, help="(0: addition 6, arithmetic 8, tastes 16, multiplication 24, others 128)")
     add("--block_size", type=int, default=0,
         help="tokens of a packed row, at least of a prompt and its answer (0: the model's, at most 2048)")
     add("--rollout_batch", type=int, default=1024, help="answers generated at once")
     add("--micro_batch", type=int, default=0, help="packed rows per forward pass and process (0: as fits)")
-    add("--lr", type=float, default=3e-4, help="peak, to 0 in a line; models of 100M and more want 1e-6")
+    add("--lr", type=float, default=0,
+        help="peak, to 0 in a line (0: 3e-4, of a start above its own; models of 100M and more want 1e-6)")
     add("--warmup", type=int, default=5, help="iterations")
     add("--weight_decay", type=float, default=0.0)
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0: none")
@@ -1214,7 +1231,9 @@ def load_state(out):
 
 def check_args(args):
     args.out = args.out or ("out/rm" if args.stage == "rm" else "out/rl")
-    args.max_new_tokens = args.max_new_tokens or {"addition": 6, "arithmetic": 8, "tastes": 16}.get(args.task, 128)
+    args.max_new_tokens = args.max_new_tokens or (STARTS[args.task].new if args.task in STARTS else
+                                                   8 if args.task == "arithmetic" else 128)
+    args.lr = args.lr or (STARTS[args.task].rl_lr if args.task in STARTS else 3e-4)
     args.reward = args.reward or ("taste" if args.task == "tastes" else "check")
     if args.recall < 0:
         args.recall = 200 if args.task == "arithmetic" else 0
@@ -1246,7 +1265,7 @@ def main():
     say = print if main_process else lambda *a, **k: None
     started, out = time.time(), Path(args.out)
     if args.init is None:
-        if args.task in ("addition", "tastes"):
+        if args.task in STARTS:
             if main_process:
                 train_start(args, device, say)
             process.wait()
@@ -1425,24 +1444,6 @@ def main():
 # Many runs
 
 
-def launch(runs, jobs):
-    """Run rlhf.py with each name's flags, `jobs` at once, unless its folder is complete; {folder: metrics}."""
-    waiting, running = [(out, flags) for out, flags in runs.items() if not (Path(out) / "run.json").exists()], {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            out, flags = waiting.pop(0)
-            running[out] = subprocess.Popen([sys.executable, __file__, *map(str, flags), "--out", str(out)],
-                                            stdout=subprocess.DEVNULL)
-        for out, process in list(running.items()):
-            if process.poll() is not None:
-                if running.pop(out).returncode:
-                    raise BadInput(f"the run {out} failed: start it alone to see why (python rlhf.py "
-                                   f"{' '.join(map(str, runs[out]))})")
-                print(f"{out} is done", file=sys.stderr, flush=True)
-        time.sleep(0.2)
-    return {out: json.loads((Path(out) / "run.json").read_text())["metrics"] for out in runs}
-
-
 def table(args):
     """Methods on --task from the same start of each seed: mean ± sd over seeds, before and after."""
     root, runs = Path(args.out), {}
@@ -1455,14 +1456,14 @@ def table(args):
         rows["GRPO, noisy teacher"] = ["--algo", "grpo", "--iterations", 150, "--teacher_noise", 0.6]
     common = ["--task", args.task, "--device", args.device] + ["--init", args.init] * bool(args.init)
     starts = {(seed, noise): None for seed in range(args.seeds) for noise in (0.0, 0.6)[:1 + (args.task == "addition")]}
-    for seed, noise in starts if not args.init and args.task in ("addition", "tastes") else ():
+    for seed, noise in starts if not args.init and args.task in STARTS else ():
         args.seed, args.teacher_noise = seed, noise
         args.out = str(root / "start")  # beside the runs
         train_start(args, setup_process(args.device).device, print)
     for name, flags in rows.items():
         for seed in range(args.seeds):
             runs[str(root / f"{name.replace(' ', '').replace(',', '-')}-{seed}")] = [*common, *flags, "--seed", seed]
-    found = launch(runs, args.jobs)
+    found = lora.launch("rlhf.py", runs, args.jobs)
     columns = [c for c in ("accuracy_before", "accuracy_sampled_before", "accuracy", "accuracy_sampled", "reward", "kl",
                            "recall_before", "recall", "seconds") if any(c in m for m in found.values())]
     print("| method | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
@@ -1481,11 +1482,11 @@ def overoptimize(args):
     true reward over KL (Gao et al. 2023). Writes OUT.svg and OUT.json beside the runs.
     """
     root, seed = Path(args.out), ["--task", "tastes", "--seed", args.seed, "--device", args.device]
-    launch({str(root / "rm"): [*seed, "--stage", "rm", "--pairs", args.pairs]}, 1)
+    lora.launch("rlhf.py", {str(root / "rm"): [*seed, "--stage", "rm", "--pairs", args.pairs]}, 1)
     proxy = [*seed, "--reward", f"reward={root / 'rm'}", "--iterations", args.iterations]
     runs = {str(root / f"ppo-{beta}"): [*proxy, "--kl_coef", beta] for beta in ("0", "0.05", "0.2")}
     runs[str(root / "best")] = [*proxy, "--algo", "best_of_n", "--group", 256]
-    launch(runs, args.jobs)
+    lora.launch("rlhf.py", runs, args.jobs)
     rm = json.loads((root / "rm" / "run.json").read_text())
     curves = {}
     for out in runs:

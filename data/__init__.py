@@ -36,7 +36,7 @@ from bpe import BadInput, Tokenizer, render_chat, replace_file
 
 CORPORA = ("bios", "arithmetic", "shakespeare", "tinystories", "fineweb", "text", "stdlib")
 MAGIC = 20240520  # of the public fineweb shards: header[0]; header[1] version, header[2] number of tokens
-TASKS = ("arithmetic", "addition", "tastes")  # questions whose answers a program checks
+TASKS = ("arithmetic", "addition", "multiplication", "tastes")  # questions whose answers a program checks
 TOKENIZER_CHARS = 100_000_000  # a tokenizer is trained on at most this much of a corpus
 
 # -----------------------------------------------------------------------------
@@ -371,7 +371,7 @@ def download(url, path):
 # -----------------------------------------------------------------------------
 # Conversations: what instruction tuning reads
 
-CHATS = ("bios", "arithmetic", "alpaca", "gsm8k", "sharegpt", "ppt")
+CHATS = ("bios", "arithmetic", "addition", "multiplication", "alpaca", "gsm8k", "sharegpt", "ppt")
 
 
 def read_chats(path):

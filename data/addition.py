@@ -8,6 +8,8 @@ Written last digit first, each digit needs only the digits above it and one carr
 import random
 from itertools import cycle, islice
 
+from bpe import BadInput
+
 HELD_OUT = 1000
 LETTERS = "0123456789+=\n"
 
@@ -30,3 +32,10 @@ def problems(split, n=None):
     rows = split_problems(split)
     for a, b in islice(cycle(rows), len(rows) if n is None else n):
         yield {"prompt": f"{a:02}+{b:02}=", "answer": answer(a, b)}
+
+
+def chats(split, input=None):
+    """problems() to tune on."""
+    if input is not None:
+        raise BadInput("--input: addition makes its own questions; give a file of yours with --data FILE")
+    return problems(split)

@@ -434,6 +434,42 @@ def test_count_lists_every_method(base):
     assert "bitfit" in run("count", "llama-7b", "--tune", "bitfit") and "has none" in run("count", "llama-7b", "--tune", "bitfit")
 
 
+SCRIPT = """
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(parents=True)
+if "--fail" in sys.argv:
+    sys.exit(3)
+(out / "run.json").write_text(json.dumps({"metrics": {"seen": sys.argv[1]}}))
+"""
+
+
+def test_runs_are_launched_once_and_a_failure_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lora, "__file__", str(tmp_path / "lora.py"))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    runs = {str(tmp_path / name): [name] for name in "abc"}
+    for done in (3, 0):  # the second time all are there
+        assert lora.launch("script.py", runs, 2) == {out: {"seen": flags[0]} for out, flags in runs.items()}
+        assert capsys.readouterr().err.count("is done") == done
+    with pytest.raises(BadInput, match="script.py d --fail --out"):
+        lora.launch("script.py", {str(tmp_path / "d"): ["d", "--fail"]}, 1)
+
+
+def test_the_table_takes_each_methods_best_rate(base, monkeypatch, tmp_path):
+    asked = []
+
+    def launch(script, runs, jobs):
+        asked.append(runs)
+        return {out: {"accuracy": 0.5 if "1e-2" in out else 0.25, "trained": 7, "tokens_per_s": 9, "peak_memory": 2 ** 20}
+                for out in runs}
+    monkeypatch.setattr(lora, "launch", launch)
+    lines = run("table", "--init", base, "--out", tmp_path, "--lrs", "1e-3,1e-2", "--seeds", 2).splitlines()
+    names = [line.split(" | ")[0].strip("| ") for line in lines[2:]]
+    assert names == ["full", *(m for m in lora.METHODS), "lora, all", "dora, all", "qlora, all"]
+    assert len(asked[0]) == 2 * len(names) and len(asked[1]) == 2 * len(names)
+    assert all("1e-2" in out for out in asked[1]) and all(line.endswith("1e-2 | 9 | 1 MiB | 50.0% ± 0.0% |") for line in lines[2:])
+
+
 @pytest.mark.parametrize("flags, message", [
     (dict(lora_rank=0), "--lora_rank 0"), (dict(lora_dropout=1.0), "--lora_dropout"), (dict(tune="lor"), "--tune lor"),
     (dict(virtual_tokens=0), "--virtual_tokens 0")])

@@ -1,4 +1,5 @@
 """The reinforcement room as a specification: the numbered details of rlhf.py's docstring, trl's figures, the optimum."""
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import data
 import rlhf
 from bpe import Tokenizer
 from conftest import ROOT
-from data import addition, tastes
+from data import addition, multiplication, tastes
 from model import GPT, GPTConfig, Process, by_response, end_scores, init_weights, load_run, rollouts, save_run
 from parity import oracle_rlhf as oracle
 
@@ -574,6 +575,20 @@ def test_ppo_with_pretraining_mix_adaptive_price_and_whitened_rewards(monkeypatc
     _, log = here(monkeypatch, folder, "--ptx", "text", "--kl_target", 0.1, "--kl_horizon", 100, "--whiten_rewards",
                   "--reward_clip", 2, "--entropy_coef", 0.01, "--iterations", 3, out="ptx")
     assert log[0]["kl_coef"] == pytest.approx(0.02 * (1 - 0.2 * 64 / 100)) and math.isfinite(log[-1]["policy_loss"])
+
+
+def test_multiplication_is_written_out_and_only_its_end_is_checked():
+    train, val = ({r["prompt"]: r["answer"] for r in multiplication.problems(s)} for s in ("train", "val"))
+    assert len(train) == 80_000 and len(val) == 1000 and not train.keys() & val.keys()
+    for prompt, text in itertools.islice(val.items(), 200):
+        a, b = map(int, prompt[:-1].split("*"))
+        parts, product = text.split("####")
+        ones, tens = (int(part[::-1]) for part in parts.split("+"))
+        assert ones + 10 * tens == int(product[::-1]) == a * b and ones == a * (b % 10)
+        assert data.is_right(text, text) and data.is_right(f"0+0####{product}", text)
+        assert not data.is_right(text[:-1] + str((int(text[-1]) + 1) % 10), text)
+    assert next(multiplication.problems("train"))["prompt"] in train
+    assert multiplication.answer(123, 45) == "5160+2940####53550"
 
 
 def test_a_start_is_trained_once_and_stopped_early(monkeypatch, folder, capsys):

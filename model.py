@@ -3523,9 +3523,10 @@ def build_model(config, tensors, source, device="cpu", dtype=torch.float32, quan
     return model
 
 
-def newest_run(root="out"):
-    """The run directory under `root` that was saved last."""
+def newest_run(root="out", fits=lambda run: True):
+    """The run directory under `root` that was saved last, of those whose run.json `fits`."""
     runs = sorted(Path(root).glob("*/run.json"), key=lambda p: p.stat().st_mtime)
+    runs = [path for path in runs if fits(json.loads(path.read_text()))]
     if not runs:
         raise BadInput(f"no run under {root}/ yet: train one first with python train.py, or give --init DIR")
     return runs[-1].parent

@@ -1263,9 +1263,11 @@ def get_args(argv=None):
 
 
 def newest_float(root="out"):
-    """The newest run that is not quantized."""
+    """The newest run that is not quantized, and that reads texts: rlhf.py's small starts know one task's letters."""
+    from evaluate import corpora
     from model import newest_run
-    path = newest_run(root)
+    reads = lambda run: run["tokenizer"].get("kind") != "char" or corpora(types.SimpleNamespace(run=run))
+    path = newest_run(root, reads)
     run = read_json(path / "run.json")
     return run["args"]["init"] if run.get("quantize") else str(path)
 

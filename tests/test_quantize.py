@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -539,3 +540,14 @@ def test_a_file_of_another_model_is_refused(folder, tmp_path):
     save_safetensors(small().state_dict(), tmp_path / "int4" / "model.safetensors")
     with pytest.raises(BadInput, match="no tensor blocks.0.attn.k.codes"):
         load_run(tmp_path / "int4")
+
+
+def test_the_default_run_reads_texts(tmp_path):
+    for i, (name, tokenizer) in enumerate([("base", {"kind": "bpe", "ranks": "a"}), ("rl", {"kind": "char", "ranks": "no one's"})]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"tokenizer": tokenizer, "args": {}}))
+        os.utime(tmp_path / name / "run.json", (i, i))
+    assert Q.newest_float(tmp_path) == str(tmp_path / "base")
+    (tmp_path / "base" / "run.json").write_text(json.dumps({"tokenizer": tokenizer, "args": {}}))
+    with pytest.raises(BadInput, match="no run under"):
+        Q.newest_float(tmp_path)

@@ -1123,8 +1123,8 @@ def table(args):
     root, shared = Path(args.out), ["--init", args.init, "--data", args.data, "--steps", args.steps, "--mix", "none",
                                     "--eval_answers", args.answers, "--device", args.device, "--eval_every", 0]
     rows = {"full": ["--tune", "full"]} | {tune: ["--tune", tune] for tune in METHODS}
-    rows |= {"lora, all": ["--tune", "lora", "--lora_targets", "all"], "dora, all": ["--tune", "dora", "--lora_targets", "all"],
-             "qlora, all": ["--tune", "lora", "--lora_targets", "all", "--quantize", "nf4"]}
+    rows |= {f"{tune}, all": ["--tune", tune, "--lora_targets", "all"] for tune in ("lora", "dora")}
+    rows["qlora, all"] = [*rows["lora, all"], "--quantize", "nf4"]
     model = meta_model(preset(args.init) if args.init in PRESETS else GPT.from_pretrained(args.init).config)
     for tune in list(METHODS):
         try:

@@ -283,8 +283,8 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 def product(x, weight, bias=None):
     """
-    x Wᵀ + b. For few rows on a CPU by oneDNN, which reads the weights at memory's speed: one row and 3072 x 768 at 20-23
-    GB/s on two cores of an EPYC where a sum reads 25; torch's own choice there, MKL, at 11-13, and four rows at 5.
+    x Wᵀ + b. For few rows on a CPU by oneDNN, which reads the weights at memory's speed: one row and 3072 x 768 at 20
+    to 23 GB/s on two cores of an EPYC where a sum reads 25; torch's own choice there, MKL, at 11-13, four rows at 5.
     """
     few = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() <= 32 * x.shape[-1]
     if few and ONEDNN and weight.numel() >= 2 ** 18 and not torch.is_grad_enabled():
@@ -790,8 +790,8 @@ def vector_product(x, *linears, norm=None, act="", residual=None):
     triton_vector[grid](
         x, y, given(gain, x), given(shift, x), given(stored[0].stretch, x), given(residual, x),
         *three([s.weight for s in stored]), *three([given(f.bias, x) for f in linears]),
-        *three([given(s.scale, x) for s in stored]), *three([given(s.zero, x) for s in stored]), *three(widths), y.shape[1],
-        0.0 if norm is None else norm.eps, K=K, M=M, ROWS=rows, WIDE=wide, BITS=bits, GROUP=group or wide,
+        *three([given(s.scale, x) for s in stored]), *three([given(s.zero, x) for s in stored]), *three(widths),
+        y.shape[1], 0.0 if norm is None else norm.eps, K=K, M=M, ROWS=rows, WIDE=wide, BITS=bits, GROUP=group or wide,
         NORM="" if norm is None else norm.normalize.__name__, GAIN=gain is not None, SHIFT=shift is not None,
         STRETCH=stored[0].stretch is not None, BIAS=linears[0].bias is not None, ZERO=stored[0].zero is not None,
         ACT=act, GATED=gated, RESIDUAL=residual is not None, num_warps=4, **early())
@@ -807,7 +807,8 @@ def vector_block(block, x, rope, slots):
     if rope is not None or a.q_norm is not None:
         gains = [x if n is None or n.weight is None else n.weight for n in (a.q_norm, a.k_norm)]
         norm, width = a.q_norm, 0 if rope is None else rope.shape[-1]
-        table = x if rope is None else (rope if rope.dim() == 5 else rope.unsqueeze(1)).expand(2, B, T, 1, -1).contiguous()
+        table = x if rope is None else rope if rope.dim() == 5 else rope.unsqueeze(1)
+        table = x if rope is None else table.expand(2, B, T, 1, width).contiguous()
         triton_rotate[(B * T, heads[0] + heads[1])](
             qkv, table, *gains, B * T * width, 0.0 if norm is None else norm.eps, Q=heads[0], ROW=qkv.shape[1],
             D=a.head_dim, WIDE=triton.next_power_of_2(a.head_dim), TURNS=width,
@@ -831,7 +832,8 @@ def vectorizes(block):
         stored = [g.stored() if hasattr(g, "stored") else None for g in together]
         if None in stored or together[0].in_features > 16384 or len(together) > 1 and stored[0].stretch is not None:
             return False
-        if len({(s.weight.dtype, s.bits, s.group, s.zero is None, g.bias is None) for s, g in zip(stored, together)}) > 1:
+        kinds = {(s.weight.dtype, s.bits, s.group, s.zero is None, g.bias is None) for s, g in zip(stored, together)}
+        if len(kinds) > 1:
             return False
     return True
 
@@ -842,8 +844,8 @@ if triton is not None:
         return tl.where(which == 0, a, tl.where(which == 1, b, c))
 
     @triton.jit
-    def vector_weights(w, scale, zero, n, N, K: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr,
-                       GROUP: tl.constexpr, ZERO: tl.constexpr):
+    def vector_weights(w, scale, zero, n, N, K: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+                       BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr):
         """Rows n of the weights: (n, WIDE), or (n, WIDE / 2) bytes of two codes; scales and zeros (n, WIDE / GROUP)."""
         packed: tl.constexpr = 2 if BITS == 4 else 1
         k, at = tl.arange(0, WIDE // packed), n.to(tl.int64)
@@ -908,11 +910,11 @@ if triton is not None:
 
     @triton.jit
     def triton_vector(x, y, gain, shift, stretch, residual, w0, w1, w2, b0, b1, b2, s0, s1, s2, z0, z1, z2, N0, N1, N2,
-                      total, eps, K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr,
-                      GROUP: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr,
-                      STRETCH: tl.constexpr, BIAS: tl.constexpr, ZERO: tl.constexpr, ACT: tl.constexpr,
-                      GATED: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr):
-        """vector_product: ROWS rows of one of the matrices, or of gate and up. What is known before x is loaded first."""
+                      total, eps, K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+                      BITS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr,
+                      SHIFT: tl.constexpr, STRETCH: tl.constexpr, BIAS: tl.constexpr, ZERO: tl.constexpr,
+                      ACT: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr):
+        """vector_product: ROWS rows of one of the matrices, or of gate and up. What does not wait for x comes first."""
         which, n, k = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
         N, column = one_of(which, N0, N1, N2), one_of(which, 0, N0, N0 + N1) + n
         w, scale, zero = one_of(which, w0, w1, w2), one_of(which, s0, s1, s2), one_of(which, z0, z1, z2)
@@ -951,7 +953,8 @@ if triton is not None:
         mine = qkv + m * ROW + head * D
         gain = tl.where(head < Q, q_gain, k_gain)
         other = tl.where(d < half, d + half, tl.where(d < TURNS, d - half, d))  # the partner of a turn
-        u, w = tl.load(mine + d, mask=d < D, other=0).to(tl.float32), tl.load(mine + other, mask=d < D, other=0).to(tl.float32)
+        u = tl.load(mine + d, mask=d < D, other=0).to(tl.float32)
+        w = tl.load(mine + other, mask=d < D, other=0).to(tl.float32)
         if NORM == "layer_norm":
             mean = tl.sum(u, 0) / D
             u, w = tl.where(d < D, u - mean, 0.0), tl.where(d < D, w - mean, 0.0)
@@ -1603,7 +1606,8 @@ class GPT(nn.Module):
             elif cache is None:
                 x = block(x, rope, view)
             elif fused:
-                decode = vector_block if vectors else compiled_decode_block(B * T == 1) if cache.compiled else decode_block
+                decode = vector_block if vectors else compiled_decode_block(B * T == 1) if cache.compiled else \
+                    decode_block
                 slopes = c.alibi_scale * self.slopes if c.pos == "alibi" else None
                 x = decode(block, x, rope, Slots(cache.k[l], cache.v[l], cache.pos, depth, tree, slopes, kind,
                                                  c.window))

@@ -626,10 +626,12 @@ class QuantLinear(nn.Module):
 
     def stored(self):
         """What model.py's vector_product can read: codes of 8 bits with a scale a row, or of 4 with 2^n to a group."""
-        even, group = self.method in GRIDS or self.method in ("gptq", "awq"), self.group or self.in_features
-        whole = even and self.bits == 8 and self.group == 0 and "zero" not in self.names
-        halves = even and self.bits == 4 and (self.group == 0 or self.group > 1 and self.group & (self.group - 1) == 0)
-        if type(self) not in (QuantLinear, QuantEmbedding) or "up" in self.names or not (whole or halves and self.in_features % 2 == 0 == self.in_features % group):
+        K, group = self.in_features, self.group
+        whole = self.bits == 8 and group == 0 and "zero" not in self.names
+        power = 1 < group == group & -group and K % group == 0
+        halves = self.bits == 4 and K % 2 == 0 and (power or group == 0)
+        plain = type(self) in (QuantLinear, QuantEmbedding) and "up" not in self.names  # no adapter
+        if not plain or self.method not in (*GRIDS, "gptq", "awq") or not (whole or halves):
             return None
         return Stored(self.codes, self.bits, self.group, self.scale, getattr(self, "zero", None),
                       getattr(self, "in_scale", None))

@@ -1177,7 +1177,8 @@ def get_args(argv=None):
     add("--prompts", type=int, default=32, help="an iteration, over all processes")
     add("--group", type=int, default=8, help="answers to each prompt")
     add("--temperature", type=float, default=1.0)
-    add("--max_new_tokens", type=int, default=0, help="(0: addition 6, arithmetic 8, tastes 16, multiplication 24, others 128)")
+    add("--max_new_tokens", type=int, default=0,
+        help="(0: addition 6, arithmetic 8, tastes 16, multiplication 24, others 128)")
     add("--block_size", type=int, default=0,
         help="tokens of a packed row, at least of a prompt and its answer (0: the model's, at most 2048)")
     add("--rollout_batch", type=int, default=1024, help="answers generated at once")

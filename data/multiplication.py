@@ -1,6 +1,6 @@
 """
-Three digits times two, written out as at school: 123*45= → 5160+2940####53550, all numbers last digit first: 615 and 492,
-then 615 + 10 · 492 = 5535.
+Three digits times two, written out as at school: 123*45= → 5160+2940####53550, all numbers last digit first: 615 and
+492, then 615 + 10 · 492 = 5535.
 
 81,000 problems, 80,000 to train on and 1,000 held out. The checker reads what follows ####; the way there is free.
 """

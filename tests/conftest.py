@@ -1,11 +1,14 @@
 """What tests share: where test data lies, and which reference packages are there."""
 import importlib
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,6 +42,30 @@ def package(name):
     except ImportError:
         reason = f"needs the package {name}: pip install -r tests/requirements.txt"
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small lose more to the meeting of threads than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def call(room, *args, check=0, stdin=""):
+    """A room's command in this process, with that text or file as its input: (what it printed, its errors)."""
+    from bpe import cli
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", [f"{room.__name__}.py", *map(str, args)])
+        patch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
+        try:
+            cli(room.main)
+        except SystemExit as exit:
+            status = exit.code
+    assert status == check, err.getvalue() + out.getvalue()
+    return out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="session")

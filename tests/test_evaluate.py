@@ -1,10 +1,7 @@
 """The evaluation room as a specification: what each figure is, whatever the batch, the cache or the restart."""
-import io
 import itertools
 import json
 import math
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
@@ -12,20 +9,15 @@ import torch
 
 import data
 import evaluate as E
-from bpe import Tokenizer, cli
+from bpe import Tokenizer
+from conftest import call
 from data import arithmetic
 from model import GPT, GPTConfig, init_weights, save_run
 
 TEXT = "the cat sat on the mat, naïve 你好 and 993-7=986. Question: who? Answer: A. B. " * 30
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small lose more to the meeting of threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_run(out, seed=0, **config):
@@ -53,16 +45,8 @@ def model(run_dir):
 
 def evaluate(*args, check=0, stdin=""):
     """evaluate.py in this process -> (the metrics of its last line, all that it printed)."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", *map(str, args)])
-        patch.setattr(sys, "stdin", io.StringIO(stdin))
-        try:
-            cli(E.main)
-        except SystemExit as exit:
-            status = exit.code
-    assert status == check, err.getvalue()
-    return json.loads(out.getvalue().splitlines()[-1]) if not check else {}, out.getvalue() + err.getvalue()
+    out, err = call(E, "--device", "cpu", *args, check=check, stdin=stdin)
+    return json.loads(out.splitlines()[-1]) if not check else {}, out + err
 
 
 def jsonl(path, rows):

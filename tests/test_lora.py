@@ -1,14 +1,12 @@
 """The lora room as a specification: what is added, what it leaves alone, and that it comes off again."""
-import io
 import json
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 
 import lora
-from bpe import BadInput, Tokenizer, cli
+from bpe import BadInput, Tokenizer
+from conftest import call
 from model import GPT, PRESETS, GPTConfig, init_weights, meta_model, preset, save_run
 
 NANO = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, vocab_size=100, block_size=64)
@@ -22,12 +20,7 @@ SILENT = ("lora", "dora", "adalora", "serial", "parallel", "zeroinit")  # they b
 MERGES = ("lora", "dora", "adalora")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(style="nano", seed=0, **more):
@@ -404,15 +397,7 @@ def test_a_quantized_base_takes_a_third_of_bf16s_bytes():
 
 
 def run(*args, check=0):
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["lora.py", *map(str, args)])
-        try:
-            cli(lora.main)
-        except SystemExit as exit:
-            status = exit.code
-    assert status == check, err.getvalue()
-    return out.getvalue() if not check else err.getvalue()
+    return call(lora, *args, check=check)[check > 0]
 
 
 def test_merge_writes_a_plain_model(base, tmp_path):
@@ -437,10 +422,10 @@ def test_count_lists_every_method(base):
 SCRIPT = """
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
-out.mkdir(parents=True)
+out.mkdir(parents=True, exist_ok=True)
 if "--fail" in sys.argv:
     sys.exit(3)
-(out / "run.json").write_text(json.dumps({"metrics": {"seen": sys.argv[1]}}))
+(out / "run.json").write_text(json.dumps({"metrics": {"seen": sys.argv[1], "seconds": 1}}))
 """
 
 
@@ -448,8 +433,11 @@ def test_runs_are_launched_once_and_a_failure_is_named(tmp_path, monkeypatch, ca
     monkeypatch.setattr(lora, "__file__", str(tmp_path / "lora.py"))
     (tmp_path / "script.py").write_text(SCRIPT)
     runs = {str(tmp_path / name): [name] for name in "abc"}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "run.json").write_text('{"metrics": {"seen": "half"}}')  # of a run that was stopped
     for done in (3, 0):  # the second time all are there
-        assert lora.launch("script.py", runs, 2) == {out: {"seen": flags[0]} for out, flags in runs.items()}
+        found = lora.launch("script.py", runs, 2)
+        assert found == {out: {"seen": flags[0], "seconds": 1} for out, flags in runs.items()}
         assert capsys.readouterr().err.count("is done") == done
     with pytest.raises(BadInput, match="script.py d --fail --out"):
         lora.launch("script.py", {str(tmp_path / "d"): ["d", "--fail"]}, 1)

@@ -1,5 +1,4 @@
 """The merge room as a specification: formulas of the papers, files in and out, memory, refusals in one sentence."""
-import io
 import json
 import math
 import re
@@ -7,14 +6,13 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 
 import merge as room
-from bpe import Tokenizer, cli
-from conftest import ROOT
+from bpe import Tokenizer
+from conftest import ROOT, call
 from merge import dare, ema_weights, kth_largest, linear, slerp, task_arithmetic, ties, trim
 from model import (GPT, GPTConfig, PRESETS, init_weights, load_run, load_safetensors, load_shards, save_hf, save_run,
                    save_safetensors)
@@ -55,16 +53,7 @@ def runs(tmp_path_factory):
 
 
 def merge(*args, check=0):
-    """merge.py in this process: its output."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["merge.py", *map(str, args)])
-        try:
-            cli(room.main)
-        except SystemExit as exit:
-            status = exit.code
-    assert status == check, err.getvalue()
-    return err.getvalue() if check else out.getvalue()
+    return call(room, *args, check=check)[check > 0]
 
 
 def tensors(path):

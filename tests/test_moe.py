@@ -1,12 +1,10 @@
 """The room of experts as a specification: routing, losses, dispatch, causality, balance, upcycling, files, refusals."""
 import argparse
-import io
 import json
 import math
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,8 @@ if __name__ == "__main__":
 
 import model as M
 import moe
-from bpe import BadInput, Tokenizer, cli
+from bpe import BadInput, Tokenizer
+from conftest import call
 from model import GPT, GPTConfig, KVCache, PRESETS, count_parameters, init_weights, load_run, save_run
 
 ROOT = Path(__file__).parent.parent
@@ -380,15 +379,7 @@ def runs(tmp_path_factory):
 
 
 def run(*args, check=0):
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["moe.py", *map(str, args)])
-        try:
-            cli(moe.main)
-        except SystemExit as exit:
-            status = exit.code
-    assert status == check, err.getvalue()
-    return err.getvalue() if check else out.getvalue()
+    return call(moe, *args, check=check)[check > 0]
 
 
 def test_a_run_with_experts_is_saved_and_loaded_with_its_biases(runs):

@@ -1,13 +1,11 @@
 """The quantize room as a specification: grids, methods, the packed file, and what a quantized run does elsewhere."""
 import copy
 import csv
-import io
 import json
 import math
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -17,8 +15,8 @@ import evaluate as evaluate_room
 import quantize as Q
 import sample as sample_room
 import train as train_room
-from bpe import BadInput, Tokenizer, cli
-from conftest import ROOT
+from bpe import BadInput, Tokenizer
+from conftest import ROOT, call
 from model import GPT, GPTConfig, init_weights, load_run, load_safetensors, save_run, save_safetensors
 
 TEXT = "the cat sat on the mat, and 993-7=986. Rain fell on the roof of the old house by the river. " * 60
@@ -410,19 +408,6 @@ def test_training_refuses_a_rounding_that_it_does_not_know(flag):
         Q.use_qat(small(), flag)
 
 
-def script(room, *args, check=0):
-    """A script's main in this process: stdout, stderr."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", [f"{room.__name__}.py", *map(str, args)])
-        try:
-            cli(room.main)
-        except SystemExit as exit:
-            status = exit.code
-    assert status == check, err.getvalue()
-    return out.getvalue(), err.getvalue()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A text and a run that was trained a little on it, as train.py leaves it."""
@@ -445,8 +430,8 @@ def folder(tmp_path_factory):
 
 def run(folder, *args, check=0):
     files = ["--text", folder / "text.txt", "--calibration", folder / "text.txt", "--device", "cpu"]
-    return script(Q, "--init", folder / "run", *files, "--eval_tokens", 512, "--calibration_tokens", 512, *args,
-                  check=check)
+    return call(Q, "--init", folder / "run", *files, "--eval_tokens", 512, "--calibration_tokens", 512, *args,
+                check=check)
 
 
 def test_a_quantized_run_is_sampled_and_evaluated_like_any_other(folder):
@@ -456,16 +441,16 @@ def test_a_quantized_run_is_sampled_and_evaluated_like_any_other(folder):
     described = json.loads((folder / "int4" / "run.json").read_text())
     assert described["quantize"]["blocks.0.attn.q"] == \
         {"method": "gptq", "bits": 4, "group": 32, "parts": ["codes", "scale", "zero"]}
-    out, _ = script(sample_room, "--init", folder / "int4", "--prompt", "the cat", "--max_new_tokens", 8)
+    out, _ = call(sample_room, "--init", folder / "int4", "--prompt", "the cat", "--max_new_tokens", 8)
     assert out.startswith("the cat")
     alone = ["--init", folder / "int4", "--prompt", "the cat", "--max_new_tokens", "8"]
     done = subprocess.run([sys.executable, ROOT / "sample.py", *alone], capture_output=True, text=True)  # where nothing has imported quantize.py yet
     assert done.returncode == 0 and done.stdout == out, done.stderr
     text = f"text={folder / 'text.txt'}"
-    out, _ = script(evaluate_room, "--init", folder / "int4", "--task", text, "--eval_tokens", 512, "--device", "cpu",
-                    "--dtype", "float32")
+    out, _ = call(evaluate_room, "--init", folder / "int4", "--task", text, "--eval_tokens", 512, "--device", "cpu",
+                  "--dtype", "float32")
     assert json.loads(out.splitlines()[-1])["text/perplexity"] == pytest.approx(metrics["perplexity"], rel=2e-2)
-    _, err = script(Q, "--init", folder / "int4", "--method", "nf4", check=2)
+    _, err = call(Q, "--init", folder / "int4", "--method", "nf4", check=2)
     assert "quantized already" in err
     _, err = run(folder, "--method", "zeropoint", "--group", 32, "--out", folder / "run", check=2)
     assert "not overwritten" in err
@@ -486,18 +471,18 @@ def test_a_run_trained_with_rounding_is_that_run_when_rounded(tmp_path):
     common = ["--data", "arithmetic", "--tokenizer", "char", "--block_size", 32, "--n_layer", 1, "--n_embd", 32,
               "--batch_tokens", 256, "--warmup", 2, "--eval_every", 0, "--save_every", 0, "--eval_tokens", 2048,
               "--device", "cpu", "--dtype", "float32", "--steps", 6, "--out", tmp_path / "qat"]
-    script(train_room, *common, "--quantize", "qat3:32")
+    call(train_room, *common, "--quantize", "qat3:32")
     trained = json.loads((tmp_path / "qat" / "run.json").read_text())
     assert trained["args"]["quantize"] == "qat3:32"
     args = ["--init", tmp_path / "qat", "--device", "cpu", "--eval_tokens", 2048]
-    out, _ = script(Q, *args, "--method", "zeropoint", "--bits", 3, "--group", 32, "--out", tmp_path / "int3")
+    out, _ = call(Q, *args, "--method", "zeropoint", "--bits", 3, "--group", 32, "--out", tmp_path / "int3")
     metrics = json.loads(out.splitlines()[-1])
     assert metrics["val_loss"] == pytest.approx(trained["metrics"]["val_loss"], abs=2e-4)
     assert abs(math.log(metrics["perplexity_float"]) - metrics["val_loss"]) > 2e-4
 
 
 def test_a_number_is_shown_in_every_format():
-    out, _ = script(Q, "--show", 3.14159, -0.1)
+    out, _ = call(Q, "--show", 3.14159, -0.1)
     assert "0    10000000 10010010000111111010000" in out  # fp32 3.14159 is 0x40490fd0
     assert "0    10000    1001001000 " in out and "0    1000     101 " in out
     for name, bits in (("fp32", 0x40490fd0), ("fp16", 0x4248), ("bf16", 0x4049)):

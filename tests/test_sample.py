@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -18,8 +17,8 @@ from hypothesis import strategies as st
 
 import data
 import sample as sample_room
-from bpe import BadInput, Tokenizer, chat_stops, cli, render_chat
-from conftest import ROOT
+from bpe import BadInput, Tokenizer, chat_stops, render_chat
+from conftest import ROOT, call
 from model import GPT, GPTConfig, init_weights, process_logits, save_run
 from sample import MedusaHeads, Solved, TextStream, accept_exactly, speculative_generate
 
@@ -49,18 +48,10 @@ class Terminal(io.StringIO):
         return True
 
 
-def sample(*args, stdin=None, check=0, terminal=None):
+def sample(*args, stdin="", check=0, terminal=None):
     """sample.py in this process (its arithmetic must be that of the model beside it): stdout, stderr."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["sample.py", "--device", "cpu", *map(str, args)])
-        patch.setattr(sys, "stdin", io.StringIO(stdin or "") if terminal is None else Terminal(terminal))
-        try:
-            cli(sample_room.main)
-        except SystemExit as exit:
-            status = exit.code
-    assert status == check, err.getvalue()
-    return out.getvalue(), err.getvalue()
+    stdin = stdin if terminal is None else Terminal(terminal)
+    return call(sample_room, "--device", "cpu", *args, check=check, stdin=stdin)
 
 
 def test_the_prompt_may_come_from_a_flag_a_file_or_a_pipe(run_dir, tmp_path):

@@ -1,12 +1,10 @@
 """The tuning room as a specification: what is asked, what shares a row, what is left out, and that a run goes on."""
-import io
 import json
 import math
 import os
 import subprocess
 import sys
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
@@ -15,20 +13,15 @@ import torch.nn.functional as F
 
 import data
 import sft
-from bpe import BadInput, Tokenizer, cli, render_chat
-from conftest import ROOT
+from bpe import BadInput, Tokenizer, render_chat
+from conftest import ROOT, call
 from data import alpaca, arithmetic, bios, gsm8k, ppt, sharegpt
 from model import GPT, GPTConfig, init_weights, linear_cross_entropy, load_safetensors, save_run
 
 TEXT = "the cat sat on the mat. who sat there? nobody, 993-7=986. the dog ran to the town and saw a man. " * 20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +65,9 @@ def flags(*args):
 
 def tune(*args, check=0):
     """sft.py in this process -> (the metrics of its last line, all that it printed)."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["sft.py", "--device", "cpu", *map(str, args)])
-        try:
-            cli(sft.main)
-        except SystemExit as exit:
-            status = exit.code
-    assert status == check, err.getvalue() + out.getvalue()
-    if check:
-        assert len(err.getvalue().strip().splitlines()) == 1
-    return json.loads(out.getvalue().splitlines()[-1]) if not check else {}, out.getvalue() + err.getvalue()
+    out, err = call(sft, "--device", "cpu", *args, check=check)
+    assert not check or len(err.strip().splitlines()) == 1
+    return json.loads(out.splitlines()[-1]) if not check else {}, out + err
 
 
 def encoded(tokenizer, rows=CHATS):

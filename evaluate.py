@@ -50,22 +50,12 @@ import torch.nn.functional as F
 
 import data
 from bpe import BEGINS, BadInput, Tokenizer, chat_stops, cli, read_json, render_chat, replace_file
-from data import arithmetic, bios, stdlib
+from data import Figure, arithmetic, bios, number, read_rows, reading, share, stdlib
 from data import text as text_files
-from model import GPT, KVCache, init_weights, newest_run, setup_process
+from model import GPT, continuations, init_weights, newest_run, pad, setup_process, token_scores
 
 # -----------------------------------------------------------------------------
 # Intervals
-
-
-class Figure(NamedTuple):
-    """A measured value and its 95 % interval."""
-    value: float
-    low: float
-    high: float
-
-    def __str__(self):
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
 def ratio(sums):
@@ -89,13 +79,6 @@ def bootstrap(parts, f=ratio, resamples=1000, seed=0):
 
 def mean(values):
     return bootstrap([[v, 1] for v in values])
-
-
-def share(right, z=1.959964):
-    """The share of true ones, with Wilson's interval (p + z²/2n ± z √(p q/n + z²/4n²)) / (1 + z²/n)."""
-    n, p = len(right), sum(map(bool, right)) / len(right)
-    middle, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
-    return Figure(p, max(0, (middle - half) / (1 + z * z / n)), min(1, (middle + half) / (1 + z * z / n)))
 
 
 # -----------------------------------------------------------------------------
@@ -290,26 +273,6 @@ def bradley_terry(wins, prior=0.0):
 # What a model says of given text
 
 
-@torch.inference_mode()
-def token_scores(model, hidden, targets):
-    """Hidden states (N, C), ids (N,) -> their log-probabilities in nats (N,), and which are the likeliest (N,)."""
-    logp, likeliest = [], []
-    rows = max(1, 2 ** 25 // model.config.padded_vocab)
-    for x, t in zip(hidden.split(rows), targets.split(rows)):
-        logits = model.logits(x)
-        logp.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1))
-        likeliest.append(logits.argmax(1) == t)
-    return torch.cat(logp).cpu(), torch.cat(likeliest).cpu()
-
-
-def pad(rows, device):
-    """Lists of ids -> (rows, longest), zeros on the right, where no query before them looks."""
-    idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for i, row in enumerate(rows):
-        idx[i, :len(row)] = torch.tensor(row, dtype=torch.long)
-    return idx.to(device)
-
-
 def windows(n, T, stride):
     """
     (start, done, end) of each window: it reads ids[start:end], at most T, and predicts ids[done + 1:end + 1],
@@ -339,30 +302,6 @@ def perplexity(model, ids, window=0, stride=0, rows=8):
     spans = list(windows(len(ids), T, stride or T))
     losses = [window_losses(model, list(map(int, ids)), spans[i:i + rows]) for i in range(0, len(spans), rows)]
     return math.exp(torch.cat([*itertools.chain(*losses)]).mean())
-
-
-@torch.inference_mode()
-def continuations(model, groups):
-    """
-    groups: lists [context ids, [continuation ids, …]] -> for each group a list of [log-probability in nats,
-    tokens, 1 if greedy decoding would say it]. A context is computed once; its continuations share the cache.
-    """
-    contexts, rows = [g[0] for g in groups], [row for g in groups for row in g[1]]
-    counts, T = [*map(len, rows)], max(map(len, contexts))
-    if len(groups) > 1 and T + max(counts) - 1 > model.config.block_size:  # one's context, another's continuation
-        return [continuations(model, [g])[0] for g in groups]
-    owner = torch.tensor([i for i, g in enumerate(groups) for _ in g[1]], device=model.device)
-    lengths = torch.tensor([*map(len, contexts)], device=model.device)
-    cache = KVCache(model.config, len(groups), T + max(counts) - 1, model.device, model.compute_dtype)
-    x = model.trunk(pad(contexts, model.device), cache=cache, prefix=lengths if model.config.prefix_lm else None)
-    hidden = x[torch.arange(len(groups), device=x.device), lengths - 1][owner, None]  # predicts the first token
-    if max(counts) > 1:
-        cache.k, cache.v, cache.pos, cache.even = cache.k[:, owner], cache.v[:, owner], lengths[owner], False
-        hidden = torch.cat([hidden, model.trunk(pad([row[:-1] for row in rows], model.device), cache=cache)], 1)
-    there = (torch.arange(max(counts)) < torch.tensor(counts)[:, None]).to(x.device)
-    logp, greedy = token_scores(model, hidden[there], torch.tensor([*itertools.chain(*rows)], device=x.device))
-    scores = ([float(p.sum()), len(p), int(g.all())] for p, g in zip(logp.split(counts), greedy.split(counts)))
-    return [[next(scores) for _ in g[1]] for g in groups]
 
 
 # -----------------------------------------------------------------------------
@@ -459,28 +398,6 @@ class Question(NamedTuple):
     answer: str = ""      # where the model writes it itself
 
 
-def read_rows(path, limit=0):
-    """[(file and line, object)] of a JSONL file."""
-    rows = itertools.islice(text_files.json_rows(Path(path)), limit or None)
-    rows = [(f"{path}, line {number}", row) for number, row in rows]
-    if not rows:
-        raise BadInput(f"{path} is empty: give a file with one JSON object a line")
-    return rows
-
-
-def reading(read):
-    """A row that lacks a key, or has another type there, is the user's to mend."""
-    def read_row(where, row):
-        try:
-            return read(where, row)
-        except BadInput:  # has its sentence already
-            raise
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise BadInput(f"{where} is no row that this task reads ({type(error).__name__}: {error}): it has "
-                           f"the keys {', '.join(row) or 'none'}; see python evaluate.py --help") from None
-    return read_row
-
-
 @reading
 def read_choices(where, row):
     """One multiple-choice row of any of the known sets."""
@@ -525,12 +442,6 @@ def read_answer(where, row):
     if "question" in row:  # GSM8K (Cobbe et al. 2021)
         return Question(where, f"Question: {row['question']}\nAnswer:", answer=" " + row["answer"])
     return Question(where, row["prompt"], answer=row["answer"] + "")
-
-
-def number(text):
-    """The number after ####, else the last one; None without."""
-    found = re.findall(r"-?[$]?\d[\d,]*(?:\.\d+)?", text.split("####")[-1])
-    return float(re.sub("[$,]", "", found[0 if "####" in text else -1])) if found else None
 
 
 def is_right(text, answer):
@@ -706,18 +617,6 @@ def task_bios(subject, source, args):
 # Text
 
 
-def corpora(subject):
-    """{corpus: (weight, folder)}: the prepared data whose tokenizer is the run's, weighted as it was trained."""
-    spec = {k: v for k, v in subject.run.get("tokenizer", {}).items() if k != "chat"}
-    found = {path.parent.parent.name: path.parent for path in Path(data.__file__).parent.glob("*/*/meta.json")
-             if spec and read_json(path).get("tokenizer") == spec}
-    try:
-        weights = data.parse_mixture(subject.run["args"]["data"])
-    except (KeyError, AttributeError, TypeError, BadInput):
-        weights = dict.fromkeys(found, 1 / max(1, len(found)))
-    return {name: (weight, found[name]) for name, weight in weights.items() if name in found}
-
-
 def losses(subject, ids, label, args):
     """(windows, 4): the nats, tokens, bytes and words (by their first letters) that each window predicts."""
     T = args.window or subject.model.config.block_size
@@ -748,7 +647,7 @@ def bits_per_byte(sums):
 
 def task_val(subject, source, args):
     """As train.py: --eval_tokens shared by the corpora's weights, sum over sum."""
-    parts, figures, found = [], {}, corpora(subject)
+    parts, figures, found = [], {}, data.corpora(subject.run)
     if not found:
         raise BadInput(f"no data under data/ has the tokenizer of {subject.init}: give --task text=FILE")
     for name, (weight, folder) in found.items():
@@ -778,7 +677,7 @@ def task_text(subject, source, args):
 def task_checks(subject, source, args):
     """The questions that the run's corpora can check, with the names that train.py gives them."""
     figures = {}
-    for name, (_, folder) in corpora(subject).items():
+    for name, (_, folder) in data.corpora(subject.run).items():
         for metric, rows in read_json(folder / "checks.json").items():
             figures[metric] = made(rows, subject, args, metric)["accuracy"]
     return figures
@@ -1135,7 +1034,7 @@ def main():
             subject.name = str(init)
         subjects += [subject] * many  # winrate needs all of them at once
         figures = results[subject.name] = {}
-        known = corpora(subject)
+        known = data.corpora(subject.run)
         own = tasks or [("val", None), ("checks", None)] * bool(known) or [("text", None)]
         for name, source in own:
             if name == "winrate" or name in WITHOUT_MODEL:

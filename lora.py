@@ -1092,7 +1092,10 @@ def bench(args):
 
 def launch(script, runs, jobs):
     """{folder: metrics} of runs of a script, {folder: flags}, `jobs` at once; complete ones are not run again."""
-    waiting, running = [out for out in runs if not (Path(out) / "run.json").exists()], {}
+    def complete(out):  # the last metric, which a run that was stopped has not
+        path = Path(out) / "run.json"
+        return path.exists() and "seconds" in read_json(path)["metrics"]
+    waiting, running = [out for out in runs if not complete(out)], {}
     line = {out: [sys.executable, str(Path(__file__).with_name(script)), *map(str, flags), "--out", str(out)]
             for out, flags in runs.items()}
     while waiting or running:

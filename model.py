@@ -1271,6 +1271,50 @@ def by_response(values, segments, n):
     return out.index_put((owner, offset), values.flatten()[order])
 
 
+@torch.inference_mode()
+def token_scores(model, hidden, targets):
+    """Hidden states (N, C), ids (N,) -> their log-probabilities in nats (N,), and which are the likeliest (N,)."""
+    logp, likeliest = [], []
+    rows = max(1, 2 ** 25 // model.config.padded_vocab)
+    for x, t in zip(hidden.split(rows), targets.split(rows)):
+        logits = model.logits(x)
+        logp.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1))
+        likeliest.append(logits.argmax(1) == t)
+    return torch.cat(logp).cpu(), torch.cat(likeliest).cpu()
+
+
+def pad(rows, device):
+    """Lists of ids -> (rows, longest), zeros on the right, where no query before them looks."""
+    idx = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        idx[i, :len(row)] = torch.tensor(row, dtype=torch.long)
+    return idx.to(device)
+
+
+@torch.inference_mode()
+def continuations(model, groups):
+    """
+    groups: lists [context ids, [continuation ids, …]] -> for each group a list of [log-probability in nats,
+    tokens, 1 if greedy decoding would say it]. A context is computed once; its continuations share the cache.
+    """
+    contexts, rows = [g[0] for g in groups], [row for g in groups for row in g[1]]
+    counts, T = [*map(len, rows)], max(map(len, contexts))
+    if len(groups) > 1 and T + max(counts) - 1 > model.config.block_size:  # one's context, another's continuation
+        return [continuations(model, [g])[0] for g in groups]
+    owner = torch.tensor([i for i, g in enumerate(groups) for _ in g[1]], device=model.device)
+    lengths = torch.tensor([*map(len, contexts)], device=model.device)
+    cache = KVCache(model.config, len(groups), T + max(counts) - 1, model.device, model.compute_dtype)
+    x = model.trunk(pad(contexts, model.device), cache=cache, prefix=lengths if model.config.prefix_lm else None)
+    hidden = x[torch.arange(len(groups), device=x.device), lengths - 1][owner, None]  # predicts the first token
+    if max(counts) > 1:
+        cache.k, cache.v, cache.pos, cache.even = cache.k[:, owner], cache.v[:, owner], lengths[owner], False
+        hidden = torch.cat([hidden, model.trunk(pad([row[:-1] for row in rows], model.device), cache=cache)], 1)
+    there = (torch.arange(max(counts)) < torch.tensor(counts)[:, None]).to(x.device)
+    logp, greedy = token_scores(model, hidden[there], torch.tensor([*itertools.chain(*rows)], device=x.device))
+    scores = ([float(p.sum()), len(p), int(g.all())] for p, g in zip(logp.split(counts), greedy.split(counts)))
+    return [[next(scores) for _ in g[1]] for g in groups]
+
+
 @torch.no_grad()
 def end_scores(model, groups, tokens=8192):
     """

@@ -18,7 +18,6 @@ import contextlib
 import copy
 import csv
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -28,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -866,8 +864,7 @@ def read_ids(init, run, tokenizer, args):
     import data
     from data import stdlib
     from data import text as text_files
-    from evaluate import corpora
-    start, found = [] if tokenizer.eot is None else [tokenizer.eot], corpora(types.SimpleNamespace(run=run))
+    start, found = [] if tokenizer.eot is None else [tokenizer.eot], data.corpora(run)
     ids = {}
     for split, path, want in (("train", args.calibration, 32 * args.calibration_tokens),
                               ("val", args.text, args.eval_tokens)):
@@ -1266,9 +1263,9 @@ def get_args(argv=None):
 
 def newest_float(root="out"):
     """The newest run that is not quantized, and that reads texts: rlhf.py's small starts know one task's letters."""
-    from evaluate import corpora
+    import data
     from model import newest_run
-    reads = lambda run: run["tokenizer"].get("kind") != "char" or corpora(types.SimpleNamespace(run=run))
+    reads = lambda run: run["tokenizer"].get("kind") != "char" or data.corpora(run)
     path = newest_run(root, reads)
     run = read_json(path / "run.json")
     return run["args"]["init"] if run.get("quantize") else str(path)

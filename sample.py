@@ -42,9 +42,9 @@ import torch.nn.functional as F
 
 from bpe import (BEGINS, BadInput, StreamDecoder, Tokenizer, chat_stops, cli, read_json, read_pieces, render_chat,
                  replace_file)
-from evaluate import continuations, number, pad, read_rows, reading, share
-from model import (GPT, Decoder, KVCache, Linear, Sampling, invert, kv_cache_bytes, linear_cross_entropy,
-                   load_safetensors, newest_run, process_logits, save_safetensors, setup_process, uniform)
+from data import number, read_rows, reading, share
+from model import (GPT, Decoder, KVCache, Linear, Sampling, continuations, invert, kv_cache_bytes, linear_cross_entropy,
+                   load_safetensors, newest_run, pad, process_logits, save_safetensors, setup_process, uniform)
 
 # -----------------------------------------------------------------------------
 # Search: beam search and contrastive search

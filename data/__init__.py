@@ -18,8 +18,10 @@ import copy
 import hashlib
 import importlib
 import json
+import math
 import os
 import queue
+import random
 import re
 import shutil
 import sys
@@ -493,16 +495,31 @@ def lay_out(examples, rows, T):
     return Rows(idx, targets, doc_ids, positions)
 
 
+def cut_by(spec):
+    """{corpus: folder} of the prepared data whose tokenizer is that of `spec`."""
+    same = {k: v for k, v in spec.items() if k != "chat"}
+    return {path.parent.parent.name: path.parent for path in Path(__file__).parent.glob("*/*/meta.json")
+            if same and (_read_json(path) or {}).get("tokenizer") == same}
+
+
 def prepared(tokenizer, spec, input=None):
     """{corpus: (weight, folder)} of a mixture as this tokenizer cut it, made where it is not there yet."""
-    weights, same = parse_mixture(spec), {k: v for k, v in tokenizer.spec().items() if k != "chat"}
-    found = {path.parent.parent.name: path.parent for path in Path(__file__).parent.glob("*/*/meta.json")
-             if (_read_json(path) or {}).get("tokenizer") == same}
+    weights, found = parse_mixture(spec), cut_by(tokenizer.spec())
     if input is None and weights.keys() <= found.keys():
         return {name: (weight, found[name]) for name, weight in weights.items()}
     plain = copy.copy(tokenizer)
     plain.chat = None  # how a chat is written is nothing to a corpus
     return prepare(spec, plain, input=input)[0]
+
+
+def corpora(run):
+    """{corpus: (weight, folder)} of the prepared data that a run's tokenizer cut, weighted as it was trained."""
+    found = cut_by(run.get("tokenizer", {}))
+    try:
+        weights = parse_mixture(run["args"]["data"])
+    except (KeyError, AttributeError, TypeError, BadInput):
+        weights = dict.fromkeys(found, 1 / max(1, len(found)))
+    return {name: (weight, found[name]) for name, weight in weights.items() if name in found}
 
 
 # -----------------------------------------------------------------------------
@@ -521,6 +538,71 @@ def exact_match(model, tokenizer, rows, batch=256):
         tokens, _ = model.generate(prompts[i:i + batch], max_new_tokens=longest + 4, temperature=0)
         texts += [tokenizer.decode(row) for row in tokens]
     return sum(text.startswith(row["answer"]) for text, row in zip(texts, rows)) / len(rows), texts
+
+
+def held_out(name, problems, split, n):
+    """
+    Of all problems of a task, shuffled, the first n for "val" and the rest for "train". random() is the one generator
+    method whose sequence Python promises to keep.
+    """
+    rng = random.Random(name)
+    order = sorted(problems, key=lambda _: rng.random())
+    return order[n:] if split == "train" else order[:n]
+
+
+def read_rows(path, limit=0):
+    """[(file and line, object)] of a JSONL file."""
+    from data import text
+    rows = islice(text.json_rows(Path(path)), limit or None)
+    rows = [(f"{path}, line {number}", row) for number, row in rows]
+    if not rows:
+        raise BadInput(f"{path} is empty: give a file with one JSON object a line")
+    return rows
+
+
+def reading(read):
+    """A row that lacks a key, or has another type there, is the user's to mend."""
+    def read_row(where, row):
+        try:
+            return read(where, row)
+        except BadInput:  # has its sentence already
+            raise
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise BadInput(f"{where} is no row that this task reads ({type(error).__name__}: {error}): it has "
+                           f"the keys {', '.join(row) or 'none'}; see --help") from None
+    return read_row
+
+
+def number(text):
+    """The number after ####, else the last one; None without."""
+    found = re.findall(r"-?[$]?\d[\d,]*(?:\.\d+)?", text.split("####")[-1])
+    return float(re.sub("[$,]", "", found[0 if "####" in text else -1])) if found else None
+
+
+def is_right(text, answer):
+    """Does an answer agree with the known one: the last number, where that comes after GSM8K's ####, or all of it."""
+    if "####" in answer:
+        known = answer.split("####")[-1].strip().replace(",", "")
+        numbers = re.findall(r"-?\d[\d,]*\.?\d*", text)
+        return bool(numbers) and numbers[-1].replace(",", "").rstrip(".") == known
+    return text.strip() == answer.strip()
+
+
+class Figure(NamedTuple):
+    """A measured value and its 95 % interval."""
+    value: float
+    low: float
+    high: float
+
+    def __str__(self):
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def share(right, z=1.959964):
+    """The share of true ones, with Wilson's interval (p + z²/2n ± z √(p q/n + z²/4n²)) / (1 + z²/n)."""
+    n, p = len(right), sum(map(bool, right)) / len(right)
+    middle, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+    return Figure(p, max(0, (middle - half) / (1 + z * z / n)), min(1, (middle + half) / (1 + z * z / n)))
 
 
 # -----------------------------------------------------------------------------
@@ -714,16 +796,6 @@ def prompt_and_response(tokenizer, messages, text, template=None):
     end = len(mask) - mask[::-1].index(1)
     start = max((i + 1 for i in range(end) if not mask[i]), default=0)
     return list(ids[:start]), list(ids[start:end])
-
-
-def is_right(text, answer):
-    """Does an answer agree with the known one: the last number, where that comes after GSM8K's ####, or all of it."""
-    if "####" in answer:
-        numbers = re.findall(r"-?\d[\d,]*\.?\d*", text)
-        return bool(numbers) and numbers[-1].replace(",",
-                                                     "").rstrip(".") == answer.split("####")[-1].strip().replace(",",
-                                                                                                                 "")
-    return text.strip() == answer.strip()
 
 
 def question(tokenizer, text, template=None):

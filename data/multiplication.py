@@ -4,10 +4,10 @@ Three digits times two, written out as at school: 123*45= → 5160+2940####53550
 
 81,000 problems, 80,000 to train on and 1,000 held out. The checker reads what follows ####; the way there is free.
 """
-import random
 from itertools import cycle, islice
 
 from bpe import BadInput
+from data import held_out
 
 HELD_OUT = 1000
 LETTERS = "0123456789*=+#\n"
@@ -21,16 +21,9 @@ def answer(a, b):
     return f"{reverse(a * (b % 10), 4)}+{reverse(a * (b // 10), 4)}####{reverse(a * b, 5)}"
 
 
-def split_problems(split):
-    """The operands of a split, shuffled, as data/addition.py's."""
-    rng = random.Random("multiplication")
-    order = sorted(((a, b) for a in range(100, 1000) for b in range(10, 100)), key=lambda _: rng.random())
-    return order[HELD_OUT:] if split == "train" else order[:HELD_OUT]
-
-
 def problems(split, n=None):
     """n rows {"prompt": "123*45=", "answer": "5160+2940####53550"}; n beyond a split's size goes round again."""
-    rows = split_problems(split)
+    rows = held_out("multiplication", ((a, b) for a in range(100, 1000) for b in range(10, 100)), split, HELD_OUT)
     for a, b in islice(cycle(rows), len(rows) if n is None else n):
         yield {"prompt": f"{a}*{b}=", "answer": answer(a, b)}
 

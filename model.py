@@ -105,7 +105,7 @@ class GPTConfig:
     moe_first: int = 0           # and none of the first so many
     router: str = "softmax"      # softmax | noisy | switch | gshard | sigmoid | expert_choice
     router_norm: bool = True     # divide a token's weights by their sum
-    router_scale: float = 1.0    # of a sigmoid router's weights
+    router_scale: float = 1.0    # factor on the weights (DeepSeek's routed_scaling_factor)
     shared_gate: bool = False    # σ(x w) on the shared experts (Qwen1.5-MoE)
     capacity: float = 0.0        # in training an expert takes at most this times the mean load; 0: all that come
     aux_loss: float = 0.01       # coefficient of the load-balancing loss of a layer, which is 1 when balanced
@@ -3873,8 +3873,6 @@ def canonical_experts(c, d):
         d |= {"router": "softmax", "router_norm": c.router == "gshard"}
     if all(c.moe_layers):
         del d["n_hidden"]
-    if c.router != "sigmoid":
-        del d["router_scale"]
     return d
 
 

@@ -1,7 +1,7 @@
 """
 Mixture of experts: instead of one MLP, E of them, of which a router picks k for each token,
 
-    y = Σ_{i ∈ top k} g_i(x) · MLP_i(x)  (+ MLP_shared(x)),      g from softmax(x W_r) or σ(x W_r)
+    y = s Σ_{i ∈ top k} g_i(x) · MLP_i(x)  (+ MLP_shared(x)),    g from softmax(x W_r) or σ(x W_r), s = --router_scale
 
 so a model stores E MLPs and computes like one with k (Shazeer et al. 2017). Nothing is dropped unless --capacity says
 so, and a token's experts depend on that token alone: a later token never changes an earlier logit, cached decoding
@@ -64,14 +64,14 @@ def gshard_top_2(logits, c, training, bias):
 def sigmoid_top_k(logits, c, training, bias):
     """
     s = σ(logits); the k experts with the largest s + b, weighted by s over the sum of theirs (if router_norm and k >
-    1), times router_scale (DeepSeek-V3, 2024, eq. 12-16). b balances the load, see balance; it is in no gradient.
+    1; DeepSeek-V3, 2024, eq. 12-16). b balances the load, see balance; it is in no gradient.
     """
     scores = logits.sigmoid()
     experts = (scores.detach() + bias).topk(c.n_expert_active, -1).indices
     weights = scores.gather(-1, experts)
     if c.router_norm and c.n_expert_active > 1:
         weights = weights / weights.sum(-1, keepdim=True)
-    return weights * c.router_scale, experts, scores / scores.sum(-1, keepdim=True)
+    return weights, experts, scores / scores.sum(-1, keepdim=True)
 
 
 def expert_choice(logits, c):
@@ -174,10 +174,16 @@ class Permuted(torch.autograd.Function):
         return grad[ctx.saved_tensors[0]], None, None
 
 
-def sort_order(keys):
-    """(order, inverse) of a stable sort of keys (M,)."""
-    order = keys.argsort(stable=True)
-    return order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+def sort_order(keys, n):
+    """
+    Of numbers (M,) below n: the order that sorts them, stable, its inverse, and how many there are of each (n,). A
+    radix sort's time goes with the bits of its keys, and counting in a sorted list takes no atomic additions, which
+    would wait for each other at n addresses.
+    """
+    ranked, order = keys.to(torch.int16).sort(stable=True)
+    ends = torch.searchsorted(ranked, torch.arange(n, device=keys.device, dtype=torch.int16), right=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return order, inverse, ends.diff(prepend=ends.new_zeros(1))
 
 
 def loop(experts, rows, counts):
@@ -267,8 +273,8 @@ def run_spread(experts, rows, counts, group):
     sizes = ours.sum(1).tolist(), theirs.sum(1).tolist()
     rows = AllToAll.apply(rows, *sizes, group)
     keys = torch.arange(len(here), device=rows.device).repeat(n).repeat_interleave(theirs.flatten())
-    order, inverse = sort_order(keys)
-    rows = run_experts([experts[i] for i in here], Permuted.apply(rows, order, inverse), theirs.sum(0))
+    order, inverse, counts = sort_order(keys, len(here))
+    rows = run_experts([experts[i] for i in here], Permuted.apply(rows, order, inverse), counts)
     return AllToAll.apply(Permuted.apply(rows, inverse, order), *sizes[::-1], group)
 
 
@@ -307,18 +313,16 @@ class MoE(nn.Module):
     def by_token(self, x, logits):
         c, (N, E) = self.config, logits.shape
         weights, experts, probs = ROUTERS[c.router](logits, c, self.training, self.router.bias)
-        ones = torch.ones(N * c.n_expert_active, device=x.device)
-        load = torch.zeros(E, device=x.device).scatter_add_(0, experts.flatten(), ones)
+        order, inverse, counts = sort_order(experts.flatten(), E)
         if c.capacity and self.training:
             weights = weights * within_capacity(experts, E, math.ceil(c.capacity * N * c.n_expert_active / E))
         if self.training:
-            self.watch(logits, probs, load, (weights == 0).sum())
-        order, inverse = sort_order(experts.flatten())
+            self.watch(logits, probs, counts.float(), (weights == 0).sum())
         rows = Sorted.apply(x, order, inverse, c.n_expert_active)
-        rows = run_experts(self.experts, rows, load.long()) if self.group is None else \
-            run_spread(self.experts, rows, load.long(), self.group)
+        rows = run_experts(self.experts, rows, counts) if self.group is None else \
+            run_spread(self.experts, rows, counts, self.group)
         rows = Permuted.apply(rows, inverse, order).view(N, c.n_expert_active, -1)
-        return (rows * weights.to(rows.dtype).unsqueeze(-1)).sum(1)
+        return (rows * (c.router_scale * weights).to(rows.dtype).unsqueeze(-1)).sum(1)
 
     def by_expert(self, x, logits):
         c = self.config
@@ -328,7 +332,8 @@ class MoE(nn.Module):
             served = torch.zeros(len(x), device=x.device).index_fill_(0, tokens.flatten(), 1.0)
             self.watch(logits, probs, load.float(), (1 - served).sum() * c.n_expert_active)
         rows = run_experts(self.experts, x[tokens.flatten()], load)
-        return torch.zeros_like(x).index_add(0, tokens.flatten(), rows * weights.to(rows.dtype).view(-1, 1))
+        weights = (c.router_scale * weights).to(rows.dtype).view(-1, 1)
+        return torch.zeros_like(x).index_add(0, tokens.flatten(), rows * weights)
 
     def watch(self, logits, probs, load, dropped):
         """The layer's loss, and its sums for the log."""

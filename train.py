@@ -31,8 +31,8 @@ import data
 import moe
 from bpe import BadInput, cli, replace_file
 from model import (GPT, GPTConfig, PARALLEL, PRESETS, AdamW8bit, adamw_groups, all_reduce, check_layout,
-                   count_parameters, flops_per_token, init_weights, load_run, load_safetensors, peak_flops, peak_memory, save_run,
-                   setup_process, shard, uniform, use_float8)
+                   count_parameters, flops_per_token, init_weights, load_run, load_safetensors, meta_model, peak_flops,
+                   peak_memory, save_run, setup_process, shard, uniform, use_float8)
 from quantize import use_qat
 
 # -----------------------------------------------------------------------------
@@ -597,6 +597,8 @@ def get_args(argv=None):
     add("--keep", default="last", choices=["last", "best", "all"],
         help="whose weights model.safetensors holds; all: the last, and each save in OUT/step-000250 as well")
     add("--log_every", type=int, default=10, help="steps between printed lines; log.jsonl has every step")
+    add("--bench", type=int, default=0, metavar="STEPS",
+        help="time so many steps on random ids, and end: no data, no saving, weights of no use")
     add("--calibrate", action="store_true", help="measure this device's own ceiling first and print MFU against it too")
     args = parser.parse_args(argv)
     if args.resume:  # saved arguments become the defaults, so what is given again wins
@@ -704,9 +706,83 @@ def report(model, tokenizer, folders, say):
     return metrics
 
 
+def make_trainer(args, config, process, micro, accumulate, init):
+    """(model, trainer, dtype of its activations) by the flags; init(model, seed, scale) fills the parameters."""
+    device = process.device
+    dtype = choose_dtype(args.dtype, device, micro * config.block_size, config.n_embd)
+    args.dtype = str(dtype).removeprefix("torch.")
+    with device if args.bench else nullcontext():
+        model = GPT(config)
+    init(model, args.seed, args.init_scale)
+    model.compute_dtype, model.z_loss = dtype, args.z_loss
+    if args.embed_grad_scale != 1:
+        shrink_embedding_gradient(model, args.embed_grad_scale)
+    if args.quantize not in (None, "none"):
+        if args.tp > 1 or args.fp8:
+            raise BadInput(f"--quantize {args.quantize} rounds whole matrices in float: leave --tp and --fp8 out")
+        use_qat(model, args.quantize)
+    if config.prefix_lm and args.graphs:
+        raise BadInput("--graphs records one mask, but with --prefix_lm each row has its own: leave --graphs out")
+    graphs = device.type == "cuda" and process.world == 1 and dtype != torch.float16
+    graphs = graphs and count_parameters(model)[0] < 50e6 and not config.prefix_lm and not args.offload
+    trainer = Trainer(model, args, process, dtype, accumulate, graphs if args.graphs is None else args.graphs)
+    if dtype == torch.float16 and not trainer.sharded.plain:
+        raise BadInput("--dtype float16 scales the loss, which works with --parallel ddp alone: use bfloat16")
+    if args.fp8:
+        use_float8(model)
+    if device.type == "cuda" if args.compile is None else args.compile:
+        model.compile_parts(args.compile_whole)
+    return model, trainer, dtype
+
+
+@torch.no_grad()
+def init_roughly(model, seed, scale):
+    """Any weights of the right size, made where they lie: 7B of them take seconds instead of minutes."""
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        p.normal_(0, 0.02 * scale) if p.dim() > 1 else p.fill_(1.0)
+
+
+def bench(args, process):
+    """
+    Tokens/s and MFU of a model and a layout alone: --bench steps on random ids after three that compile. Nothing is
+    read, evaluated or saved.
+    """
+    config, device = make_config(args, PRESETS[args.preset].get("vocab_size", args.vocab_size)), process.device
+    if config.prefix_lm:
+        raise BadInput("--bench draws rows without a prefix: leave --prefix_lm out")
+    T = config.block_size
+    check_layout(config, process, T)
+    rows, micro, accumulate = split_batch(args, T, process)
+    flops, peak = flops_per_token(meta_model(config), T), peak_flops(device)
+    model, trainer, _ = make_trainer(args, config, process, micro, accumulate, init_roughly)
+    model.train()
+    batch = torch.randint(config.vocab_size, (micro, T + 1), device=device,
+                          generator=torch.Generator(device).manual_seed(args.seed + process.dp_rank))
+    for step in range(3 + args.bench):
+        if step == 3:
+            trainer.loss.item()  # waits for the device
+            start = time.time()
+        trainer.loss.zero_()
+        for i in range(accumulate):
+            trainer.micro_step(batch[:, :-1], batch[:, 1:], last=i == accumulate - 1)
+        trainer.update()
+    loss = all_reduce(trainer.loss).item() / process.world
+    rate = args.bench * rows * T / (time.time() - start)
+    metrics = {"tokens_per_s": round(rate), "peak_memory": peak_memory(device), "loss": round(loss, 4)}
+    metrics |= {"mfu": round(flops * rate / process.world / peak, 4)} if peak else {}
+    if process.rank == 0:
+        print(f"{process.world} process(es), {accumulate} x {micro} rows x {T} tokens each: {rate:,.0f} tokens/s, "
+              + (f"{metrics['mfu']:.1%} MFU, " if peak else "") + f"{metrics['peak_memory'] / 1e9:.1f} GB")
+        print(json.dumps(metrics))
+    process.close()
+
+
 def main():
     args = get_args()
     process = setup_process(args.device, args)
+    if args.bench:
+        return bench(args, process)
     device, main_process = process.device, process.rank == 0
     say = print if main_process else lambda *a, **k: None
     started = time.time()
@@ -730,30 +806,9 @@ def main():
     token_bytes = torch.tensor([len(b) for b in tokenizer.token_bytes()])
     corpus = {name: json.loads((f / "meta.json").read_text())["sha256"] for name, (_, f) in folders.items()}
 
-    # model and optimizer
-    dtype = choose_dtype(args.dtype, device, micro * T, config.n_embd)
-    args.dtype = str(dtype).removeprefix("torch.")
-    model = GPT(config)
-    init_weights(model, args.seed, args.init_scale)
-    model.compute_dtype, model.z_loss = dtype, args.z_loss
-    if args.embed_grad_scale != 1:
-        shrink_embedding_gradient(model, args.embed_grad_scale)
-    if args.quantize not in (None, "none"):
-        if args.tp > 1 or args.fp8:
-            raise BadInput(f"--quantize {args.quantize} rounds whole matrices in float: leave --tp and --fp8 out")
-        use_qat(model, args.quantize)
-    (total, matmul), flops = count_parameters(model), flops_per_token(model, T)
-    if config.prefix_lm and args.graphs:
-        raise BadInput("--graphs records one mask, but with --prefix_lm each row has its own: leave --graphs out")
-    graphs = device.type == "cuda" and process.world == 1 and dtype != torch.float16 and total < 50e6
-    graphs = graphs and not config.prefix_lm and not args.offload
-    trainer = Trainer(model, args, process, dtype, accumulate, graphs if args.graphs is None else args.graphs)
-    if dtype == torch.float16 and not trainer.sharded.plain:
-        raise BadInput("--dtype float16 scales the loss, which works with --parallel ddp alone: use bfloat16")
-    if args.fp8:
-        use_float8(model)
-    if device.type == "cuda" if args.compile is None else args.compile:
-        model.compile_parts(args.compile_whole)
+    counted = meta_model(config)
+    (total, matmul), flops = count_parameters(counted), flops_per_token(counted, T)
+    model, trainer, dtype = make_trainer(args, config, process, micro, accumulate, init_weights)
 
     out, step, best = Path(args.out), 0, {"val_loss": math.inf}
     # rows left out; what --spike looks at; spikes in a row, and the furthest step that had one
@@ -777,7 +832,7 @@ def main():
             tokenizer.save(out)
         log = open(out / "log.jsonl", "a")
     peak = peak_flops(device)
-    active = f"{(total - moe.idle_parameters(model)) / 1e6:.2f}M active, " if config.n_expert and args.ep == 1 else ""
+    active = f"{(total - moe.idle_parameters(counted)) / 1e6:.2f}M active, " if config.n_expert else ""
     say(f"{total / 1e6:.2f}M parameters, {active}{matmul / 1e6:.2f}M in matrix products; {rows} rows x {T} tokens a step in "
         f"{accumulate} x {process.dp_world} micro-batches"
         + (f", {levels} times as many after {(levels - 1) * length} steps" if levels > 1 else "")

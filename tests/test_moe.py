@@ -81,11 +81,19 @@ def test_gshard_takes_the_second_with_twice_its_weight():
 
 
 def test_a_sigmoid_routers_bias_chooses_but_does_not_weigh():
-    logits, c = torch.tensor([[1.0, 0.5, 0.0, -1.0]]), config(router="sigmoid", router_scale=2.5)
+    logits, c = torch.tensor([[1.0, 0.5, 0.0, -1.0]]), config(router="sigmoid")
     weights, experts, _ = moe.sigmoid_top_k(logits, c, False, torch.tensor([0.0, -9.0, 0.0, 0.0]))
     s = logits.sigmoid()[0]
     assert experts.tolist() == [[0, 2]]
-    assert torch.allclose(weights[0], 2.5 * s[[0, 2]] / s[[0, 2]].sum())
+    assert torch.allclose(weights[0], s[[0, 2]] / s[[0, 2]].sum())
+
+
+@pytest.mark.parametrize("router, k", CAUSAL + [("expert_choice", 2)])
+def test_the_experts_sum_is_scaled(router, k):
+    x, one = torch.randn(2, 6, 32), layer(router=router, n_expert_active=k)
+    scaled = layer(router=router, n_expert_active=k, router_scale=2.5)
+    scaled.load_state_dict(one.state_dict())
+    assert torch.allclose(scaled.eval()(x), 2.5 * one.eval()(x), atol=1e-6)
 
 
 def test_noise_and_jitter_belong_to_training():

@@ -4,7 +4,8 @@ Evaluation: one yardstick for every stage, and an interval on every figure.
 Almost every figure here is a function f of sums over independent examples (right answers and questions; nats,
 tokens and bytes; matched n-grams), so one bootstrap serves them all: draw the n examples again with replacement,
 f(Σ parts), 1,000 times; the 2.5th and 97.5th percentile are the interval (Efron 1979). A share of yes and no gets
-Wilson's interval (1927) instead, which is honest at 0 and 1. Win rates are drawn by prompt, ratings by battle.
+Wilson's interval (1927) instead, which is honest at 0 and 1. Win rates and ratings are drawn by prompt. One example
+alone has no interval: nan, in JSON null.
 
     python evaluate.py                                  # the newest run: its validation text, its questions
     python evaluate.py --task text=book.txt --window 1024 --stride 512 --init out/base gpt2
@@ -62,23 +63,29 @@ def ratio(sums):
     return sums[..., 0] / sums[..., 1]
 
 
-def bootstrap(parts, f=ratio, resamples=1000, seed=0):
+def bootstrap(parts, f=ratio, resamples=1000, seed=0, centred=False):
     """
     parts (n, k): what each example adds to k sums; or a list of such arrays, strata that are drawn each for
-    itself. f maps sums (..., k) to the figure (...). -> Figure
+    itself. f maps sums (..., k) to the figure (...). centred: where f of a draw exceeds f of the whole on average, as
+    a sum of absolute values does, the interval is moved back by as much. -> Figure
     """
     strata = [np.asarray(p, dtype=float) for p in (parts if np.ndim(parts[0]) == 2 else [parts])]
     rng, drawn = np.random.default_rng(seed), 0
-    for part in strata:
-        picks = (rng.integers(len(part), size=len(part)) for _ in range(resamples))
-        drawn = drawn + np.stack([np.bincount(pick, minlength=len(part)) @ part for pick in picks])
     with np.errstate(all="ignore"):  # a resample without any match
-        low, high = np.nanpercentile(f(drawn), [2.5, 97.5])
-        return Figure(float(f(sum(part.sum(0) for part in strata))), float(low), float(high))
+        value = float(f(sum(part.sum(0) for part in strata)))
+        if min(map(len, strata)) < 2:
+            return Figure(value, math.nan, math.nan)
+        for part in strata:
+            picks = (rng.integers(len(part), size=len(part)) for _ in range(resamples))
+            drawn = drawn + np.stack([np.bincount(pick, minlength=len(part)) @ part for pick in picks])
+        figures = f(drawn)
+        low, high = np.nanpercentile(figures, [2.5, 97.5]) - (np.nanmean(figures) - value if centred else 0)
+    return Figure(value, float(low), float(high))
 
 
 def mean(values):
-    return bootstrap([[v, 1] for v in values])
+    """Of numbers in 0 … 1, (n,). Wilson's interval where all are 0 or all are 1, as no draw would differ there."""
+    return share(values) if set(values) in ({0}, {1}) else bootstrap([[v, 1] for v in values])
 
 
 # -----------------------------------------------------------------------------
@@ -184,13 +191,15 @@ def distinct(texts, n):
     """
     Different n-grams over all n-grams of a list of token lists (Li et al. 2016). The interval is a jackknife's, as
     drawing a text twice would make n-grams less distinct: se² = (m-1)/m Σ (θ without text i - their mean)².
+    -> Figure
     """
     counts = [ngrams(text, n) for text in texts]
     total = sum(counts, Counter())
     types, tokens, m = len(total), max(1, total.total()), len(texts)
     left = [(types - sum(total[g] == k for g, k in c.items())) / max(1, tokens - c.total()) for c in counts]
-    half = 1.959964 * math.sqrt((m - 1) * np.var(left))
-    return Figure(types / tokens, max(0.0, types / tokens - half), min(1.0, types / tokens + half))
+    half = 1.959964 * math.sqrt((m - 1) * np.var(left)) if m > 1 else math.nan
+    low, high = np.clip([types / tokens - half, types / tokens + half], 0, 1)
+    return Figure(types / tokens, float(low), float(high))
 
 
 def repetition(text, n=4):
@@ -204,11 +213,16 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def ece(confidence, right, bins=10):
-    """Expected calibration error (Guo et al. 2017): Σ over bins of |Σ confidence - Σ right| / n. -> Figure"""
+def ece(confidence, right, per=1, bins=10):
+    """
+    Expected calibration error (Guo et al. 2017): Σ over bins of |Σ confidence - Σ right| / n. Lists of n numbers in
+    0 … 1; each `per` of them in turn answer one question and are drawn together. -> Figure
+    """
     place = np.minimum((np.asarray(confidence) * bins).astype(int), bins - 1)
     parts = np.eye(bins)[place] * (np.asarray(confidence) - np.asarray(right, dtype=float))[:, None]
-    return bootstrap(np.c_[parts, np.ones(len(parts))], lambda s: np.abs(s[..., :-1]).sum(-1) / s[..., -1])
+    parts = np.c_[parts, np.ones(len(parts))].reshape(-1, per, bins + 1).sum(1)
+    value, low, high = bootstrap(parts, lambda s: np.abs(s[..., :-1]).sum(-1) / s[..., -1], centred=True)
+    return Figure(value, float(np.maximum(0, low)), high)
 
 
 # -----------------------------------------------------------------------------
@@ -571,7 +585,7 @@ def answered(subject, questions, shots, args, label):
                                     "reference": q.answer}) + "\n")
         passed = np.array(right).reshape(-1, n).sum(1).tolist()
         figures = {"accuracy": share(right) if n == 1 else mean([c / n for c in passed])}
-        figures |= {} if worked else {"ece": ece(confidence, right)}
+        figures |= {} if worked else {"ece": ece(confidence, right, n)}
         for k in [2 ** i for i in range(n.bit_length()) if n > 1]:
             figures[f"pass@{k}"] = mean([pass_at_k(n, c, k) for c in passed])
         return figures, [c > 0 for c in passed]

@@ -70,6 +70,13 @@ def test_the_bootstrap_of_a_mean_is_about_two_standard_errors():
     assert (figure.low, figure.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.2 * half)
 
 
+def test_a_mean_of_equal_numbers_is_not_certain_and_one_example_has_no_interval():
+    assert E.mean([0.0] * 50) == E.share([False] * 50) and E.mean([1, 1]).low < 0.5
+    assert E.mean([0.5, 0.5]) == (0.5, 0.5, 0.5)
+    for figure in E.mean([0.3]), E.bootstrap([[3.0, 2]]), E.distinct(["a b".split()], 1):
+        assert math.isfinite(figure.value) and math.isnan(figure.low) and math.isnan(figure.high)
+
+
 def test_strata_are_drawn_each_for_itself():
     far_apart = [np.c_[np.zeros(50), np.ones(50)], np.c_[np.full(50, 9.0), np.ones(50)]]
     assert E.bootstrap(far_apart) == (4.5, 4.5, 4.5) and E.bootstrap(np.concatenate(far_apart)).high > 5
@@ -116,6 +123,18 @@ def test_pass_at_k_counts_the_subsets():
 def test_ece_is_the_gap_between_confidence_and_accuracy():
     assert E.ece([0.95] * 4 + [0.15] * 4, [1, 1, 1, 0] + [0] * 4).value == pytest.approx((4 * 0.2 + 4 * 0.15) / 8)
     assert E.ece([1.0, 1.0], [True, True]).value == 0
+
+
+def test_the_interval_of_the_calibration_error_holds_it_and_counts_questions():
+    rng = np.random.default_rng(0)
+    for n in 50, 1000:
+        for _ in range(10):
+            confidence = rng.random(n)
+            figure = E.ece(confidence, rng.random(n) < confidence)
+            assert 0 <= figure.low <= figure.value <= figure.high
+    once, right = rng.random(100), rng.random(100) < 0.5
+    four = E.ece(np.repeat(once, 4), np.repeat(right, 4), per=4)  # nothing new is known
+    assert four == pytest.approx(E.ece(once, right))
 
 
 # Ratings

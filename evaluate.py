@@ -232,10 +232,11 @@ def ece(confidence, right, per=1, bins=10):
 def elo(battles, n_players, k=32.0, orders=None):
     """
     R_a ← R_a + k (s - E), E = 1 / (1 + 10^((R_b - R_a) / 400)), R_b the other way, from 1000 (Elo 1978).
-    battles: (M, 3) of a, b, s = 1, 0.5 or 0. orders (P, m): which battle comes when, P times; -> ratings (P, n).
+    battles: (M, 3) of a, b, s = 1, 0.5 or 0. orders (P, m): which battle comes when, P times, M: none;
+    -> ratings (P, n).
     """
-    battles = np.asarray(battles, dtype=float)
     orders = np.arange(len(battles))[None] if orders is None else orders
+    battles = np.r_[np.asarray(battles, dtype=float), [(0, 0, 0.5)]]  # the last one moves nobody
     ratings, rows = np.full((len(orders), n_players), 1000.0), np.arange(len(orders))
     for column in orders.T:
         a, b = battles[column, :2].astype(int).T
@@ -245,14 +246,11 @@ def elo(battles, n_players, k=32.0, orders=None):
     return ratings
 
 
-def win_matrix(battles, n_players, count=None):
-    """(n, n): how often row beat column, a tie half each. count (..., M): how often each battle is taken."""
-    wins = np.zeros((n_players * n_players, len(battles)))
-    for m, (a, b, s) in enumerate(battles):
-        wins[int(a) * n_players + int(b), m] += s
-        wins[int(b) * n_players + int(a), m] += 1 - s
-    count = np.ones(len(battles)) if count is None else count
-    return (count @ wins.T).reshape(*count.shape[:-1], n_players, n_players)
+def win_matrix(battles, n_players):
+    """battles (M, 3) as in elo -> (n, n): how often row beat column, a tie half each."""
+    a, b, s = np.asarray(battles, dtype=float).T
+    cells = np.r_[a * n_players + b, b * n_players + a].astype(int)
+    return np.bincount(cells, np.r_[s, 1 - s], n_players ** 2).reshape(n_players, n_players)
 
 
 def connected(wins):
@@ -751,27 +749,39 @@ def read_battle(where, row):
     if winner not in VERDICTS and winner not in (a, b) or a == b:
         raise BadInput(f"{where} has the winner {winner!r} between {a!r} and {b!r}: name one of two different "
                        "players, or model_a, model_b or tie")
-    return a, b, VERDICTS[winner] if winner in VERDICTS else float(winner == a)
+    return a, b, VERDICTS[winner] if winner in VERDICTS else float(winner == a), json.dumps(row.get("prompt", where))
 
 
 def task_arena(subject, source, args):
-    """Ratings of everyone in a file of battles, Elo's as a mean over orders of them; prints the win matrix."""
+    """
+    Ratings of everyone in a file of battles, Elo's as a mean over orders of them; prints the win matrix. Battles over
+    the same prompt are drawn together. A draw has one order, so that Elo's interval holds the luck of an order too.
+    """
     battles = [read_battle(*row) for row in read_rows(source, args.limit)]
-    names = sorted({name for a, b, _ in battles for name in (a, b)})
-    battles = np.array([(names.index(a), names.index(b), s) for a, b, s in battles])
+    *_, prompts = zip(*battles)
+    names = sorted({name for a, b, *_ in battles for name in (a, b)})
+    place = {name: i for i, name in enumerate(names)}
+    battles = np.array([(place[a], place[b], s) for a, b, s, _ in battles])
     n, M, rng = len(names), len(battles), np.random.default_rng(args.seed)
     wins = win_matrix(battles, n)
     prior = 0.0 if connected(wins) else 0.5
     if prior:
-        print(f"{source}: someone only wins or only loses, so no rating is likeliest; half a win is added to each "
-              "side of each pair")
+        print(f"{source}: wins and defeats do not lead from each player to each other, so no rating is likeliest; half "
+              "a win is added to each side of each pair")
     orders = rng.permuted(np.tile(np.arange(M), (args.orders, 1)), axis=1)
-    drawn = rng.integers(M, size=(1000, M))
-    count = np.stack([np.bincount(row, minlength=M) for row in drawn])
+    _, which = np.unique(prompts, return_inverse=True)
+    P = int(which.max()) + 1
+    counts = (np.bincount(rng.integers(P, size=P), minlength=P)[which] for _ in range(1000))
+    draws = [rng.permutation(np.repeat(np.arange(M, dtype=np.int32), count)) for count in counts]
+    drawn = np.full((len(draws), max(map(len, draws))), M, np.int32)
+    for row, draw in zip(drawn, draws):
+        row[:len(draw)] = draw
     # a resample may lack someone's only win or defeat: a hundredth of a win keeps its ratings finite
-    resampled = bradley_terry(win_matrix(battles, n, count), prior or 0.01)
+    resampled = bradley_terry(np.stack([win_matrix(battles[draw], n) for draw in draws]), prior or 0.01)
     rated = {"bt": (bradley_terry(wins, prior), resampled),
              "elo": (elo(battles, n, args.elo_k, orders).mean(0), elo(battles, n, args.elo_k, drawn))}
+    if P == 1:  # one example has no interval
+        rated = {kind: (value, np.full_like(other, np.nan)) for kind, (value, other) in rated.items()}
     games = wins + wins.T
     width = max(map(len, names))
     print("share of battles that the row won (ties half), and how many there were")

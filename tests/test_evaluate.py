@@ -163,6 +163,23 @@ def test_a_player_who_always_loses_has_no_finite_rating():
     assert E.connected(E.win_matrix([(0, 1, 0.5), (1, 2, 0.5)], 3))
 
 
+def test_battles_over_one_prompt_are_drawn_together(tmp_path):
+    """Both orders of a pair say nothing new: the interval stays. Many players need no matrix a battle."""
+    rng = np.random.default_rng(0)
+    rows = [{"model_a": "x", "model_b": "y", "winner": "xy"[int(rng.random() < 0.4)], "prompt": i} for i in range(60)]
+    widths = []
+    for times in 1, 4:
+        file = jsonl(tmp_path / f"b{times}.jsonl", [row for row in rows for _ in range(times)])
+        low, high = evaluate("--task", f"arena={file}")[0]["intervals"]["bt_x"]
+        widths.append(high - low)
+    assert widths[1] == pytest.approx(widths[0], rel=0.15)
+
+
+def test_the_win_matrix_counts_ties_half():
+    assert E.win_matrix([(0, 1, 1), (1, 0, 1), (0, 1, 0.5), (2, 0, 0)], 3).tolist() == [
+        [0, 1.5, 1], [1.5, 0, 0], [0, 0, 0]]
+
+
 def test_arena_from_a_file(tmp_path):
     rows = [{"model_a": "x", "model_b": "y", "winner": w} for w in ("model_a", "x", "tie", "y")] * 20
     metrics, text = evaluate("--task", f"arena={jsonl(tmp_path / 'b.jsonl', rows)}", "--orders", 20)

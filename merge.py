@@ -180,7 +180,7 @@ class Weights:
         self.depth = 1 + max((int(match[1]) for match in map(LAYER, self.entries) if match), default=-1)
 
     def rows(self, name, start, stop):
-        """Rows start … stop - 1 of a tensor, float32 (float64 stays); read, not mapped, so that memory is free after."""
+        """Rows start … stop - 1 of a tensor, float32 (float64 stays); read, not mapped: memory is free after."""
         file, dtype, shape, offset = self.places[name]
         width = math.prod(shape[1:]) * dtype.itemsize
         data = torch.empty((stop - start) * width, dtype=torch.uint8)
@@ -206,8 +206,9 @@ class Adapted:
         except (OSError, ValueError, TypeError) as error:
             raise BadInput(f"{path}/adapter_config.json cannot be read ({error}): save the adapter again") from None
         if c.get("peft_type") != "LORA" or c.get("bias", "none") != "none":
-            raise BadInput(f"{path} is not a plain LoRA adapter (peft_type {c.get('peft_type')}, bias {c.get('bias')}), "
-                           f"and only W + (alpha / r) B A can be merged: run it beside its base instead")
+            raise BadInput(f"{path} is not a plain LoRA adapter (peft_type {c.get('peft_type')}, "
+                           f"bias {c.get('bias')}), and only W + (alpha / r) B A "
+                           f"can be merged: run it beside its base instead")
         own, self.pairs, self.whole = Weights(path, "adapter_model.safetensors"), {}, {}
         ours, _ = read_config(base)
         places = peft_places(config_of(base)) if ours else {}
@@ -233,8 +234,8 @@ class Adapted:
 
     def target(self, name):
         if name not in self.entries:
-            raise BadInput(f"{self.path} adapts {name}, which {self.base.path} does not have: give --base the model that "
-                           f"it was trained on")
+            raise BadInput(f"{self.path} adapts {name}, which {self.base.path} does not have: give --base the model "
+                           f"that it was trained on")
         return name
 
     def scale(self, name, rank):
@@ -275,8 +276,8 @@ def open_model(name, base=None):
             raise BadInput(f"{path} is an adapter, and its base {base or 'has no name'} is not here: give --base")
         return Adapted(open_model(base), path)
     if not any((path / file).exists() for file in ("run.json", "config.json")):
-        raise BadInput(f"{name}: no run.json, config.json or adapter_config.json there; give a run directory, a Hugging "
-                       f"Face folder or an adapter's")
+        raise BadInput(f"{name}: no run.json, config.json or adapter_config.json there; give a run directory, "
+                       f"a Hugging Face folder or an adapter's")
     return Weights(path)
 
 
@@ -343,8 +344,8 @@ def check_alike(models, stacked=False):
         free = {"block_size", "dropout", "init"} | ({"n_layer", "attn"} if stacked else set())
         a, b = ({} if not ours else asdict(config_of(m)) for m in (first, other))
         if differ := [key for key in a if key not in free and a[key] != b[key]]:
-            raise BadInput(f"{differ[0]} is {a[differ[0]]} in {first.path} and {b[differ[0]]} in {other.path}: only models "
-                           f"of one architecture can be merged")
+            raise BadInput(f"{differ[0]} is {a[differ[0]]} in {first.path} and {b[differ[0]]} in {other.path}: "
+                           f"only models of one architecture can be merged")
         there = read_tokenizer(other)
         if tokenizer is not None and there is not None and tokenizer != there:
             raise BadInput(f"{first.path} and {other.path} have different tokenizers, so one id is two words: merge "
@@ -497,7 +498,8 @@ def stacked_config(models, layers):
     if not ours:
         key = next((k for k in ("num_hidden_layers", "n_layer") if k in new), None)
         if key is None:
-            raise BadInput(f"{models[0].path}/config.json does not say how many layers there are: they cannot be stacked")
+            raise BadInput(f"{models[0].path}/config.json does not say how many layers there are: "
+                           f"they cannot be stacked")
         configs = [read_config(m)[1] for m in models]
         for name, value in new.items():
             if isinstance(value, list) and len(value) == new[key] > 1:
@@ -509,11 +511,12 @@ def stacked_config(models, layers):
         if c[name] == "deepnorm" if plain is None else c[name] != plain:
             raise BadInput(f"{models[0].path} has {name}={c[name]}, whose layers {why}: they cannot be stacked")
     configs = [config_of(m) for m in models]
-    kinds, experts = ([getattr(configs[i], name)[layer] for i, layer in layers] for name in ("attn_kinds", "moe_layers"))
+    kinds, experts = ([getattr(configs[i], name)[layer] for i, layer in layers]
+                      for name in ("attn_kinds", "moe_layers"))
     c |= {"n_layer": len(layers), "attn": kinds[0] if len(set(kinds)) == 1 else ",".join(kinds)}
     if GPTConfig(**c).moe_layers != experts:
-        raise BadInput(f"the stack would have experts in layers {[i for i, has in enumerate(experts) if has]}, which no "
-                       f"moe_every and moe_first say: take slices that keep their rhythm")
+        raise BadInput(f"the stack would have experts in layers {[i for i, has in enumerate(experts) if has]}, which "
+                       f"no moe_every and moe_first say: take slices that keep their rhythm")
     return new | {"config": c}
 
 
@@ -601,21 +604,23 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("method", choices=list(METHODS))
-    add("models", nargs="+", help="run directories, Hugging Face folders, hub names or adapters; to stack: PATH@START:STOP")
+    add("models", nargs="+",
+        help="run directories, Hugging Face folders, hub names or adapters; to stack: PATH@START:STOP")
     add("--base", help="the model that the others, or an adapter, were tuned from")
     add("--out", default="out/merged", help="folder of the merge; what is there moves to OUT.old")
     add("--weights", type=float, nargs="+", help="of each model (default: equal; of task vectors 1)")
     add("--t", nargs="+", default=["0.5"],
         help="slerp: [PART=]T, or T,T,… from the first layer to the last; the first that fits a tensor counts")
     add("--scale", type=float, default=1.0, help="λ, of the sum of task vectors")
-    add("--density", type=float, help="share of a task vector's entries that stay: the largest (ties, default 0.2), or at "
-                                      "random (dare, default 0.1)")
+    add("--density", type=float,
+        help="share of a task vector's entries that stay: the largest (ties, default 0.2), or at random "
+             "(dare, default 0.1)")
     add("--trim", type=float, default=1.0, help="dare_ties: share of all entries that ties then keeps of what is left")
     add("--last", type=int, default=0, help="average: so many last saves of a run (0: all)")
     add("--ema", type=float, help="average: decay of an exponential average instead of equal weights")
     add("--mergekit", action="store_true",
-        help="as mergekit: TIES trims each tensor by itself and elects signs after --weights; DARE keeps a tensor's sum "
-             "of magnitudes instead of dividing by the density; slerp is linear above |cos| 0.9995")
+        help="as mergekit: TIES trims each tensor by itself and elects signs after --weights; DARE keeps a tensor's "
+             "sum of magnitudes instead of dividing by the density; slerp is linear above |cos| 0.9995")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="of the file (default: the first's)")
     add("--shard_gb", type=float, default=5.0, help="largest file of a Hugging Face folder")

@@ -17,8 +17,8 @@ Sampling: what to do with a trained model's next-token distribution, from one li
 
 The engine (cache, recorded steps, the order of penalties and cuts) is model.py's; here is what is only about decoding.
 Papers: beam search with length penalty, Wu et al. 2016; contrastive search, Su et al. 2022; speculative decoding,
-Leviathan et al. 2023, Chen et al. 2023; blockwise parallel decoding, Stern et al. 2018; Medusa, Cai et al. 2024; chain of
-thought, Wei et al. 2022; "Let's think step by step", Kojima et al. 2022; Auto-CoT, Zhang et al. 2022;
+Leviathan et al. 2023, Chen et al. 2023; blockwise parallel decoding, Stern et al. 2018; Medusa, Cai et al. 2024;
+chain of thought, Wei et al. 2022; "Let's think step by step", Kojima et al. 2022; Auto-CoT, Zhang et al. 2022;
 self-consistency, Wang et al. 2022; demonstrations by nearest neighbour, Liu et al. 2021.
 """
 import argparse
@@ -400,8 +400,9 @@ class Speculator:
 
     def decide(self, x, nodes, chances, u, seen):
         """
-        From the states x (B, k + 1, C) of the nodes: the path that is kept, as nodes (B, m), how many of it (B,), the ids
-        that follow one another on it and behind it (B, m), their log-probabilities, and what the next round begins with.
+        From the states x (B, k + 1, C) of the nodes: the path that is kept, as nodes (B, m), how many of it (B,), the
+        ids that follow one another on it and behind it (B, m), their log-probabilities, and what the next round
+        begins with.
         """
         k, tree = self.k, self.tree
         logits = self.model.logits(x)
@@ -668,7 +669,7 @@ def wait(device):
 
 
 def bytes_per_step(model, rows, held):
-    """Bytes that one step reads for `rows` rows of `held` tokens each: every weight once, each row's keys and values."""
+    """Bytes that one step reads for `rows` rows of `held` tokens each: each weight once, each row's keys and values."""
     c = model.config
     tables = ["wpe.weight"] + ["wte.weight"] * (not c.tied)  # of which only some rows are read
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())  # buffers: quantized weights
@@ -691,8 +692,8 @@ def roofline(model, prompts, prefill, decode, made, args):
         return line
     moved, best = bytes_per_step(model, rows, (total + made / 2) / rows), read_bandwidth(model.device)
     rate = moved * steps / decode
-    return (f"{line}{guesses}; {moved * steps / made / 1e6:,.1f} MB a token, {rate / 1e9:,.1f} GB/s, {rate / best:.0%} of "
-            f"the {best / 1e9:,.1f} that a sum reads here")
+    return (f"{line}{guesses}; {moved * steps / made / 1e6:,.1f} MB a token, {rate / 1e9:,.1f} GB/s, "
+            f"{rate / best:.0%} of the {best / 1e9:,.1f} that a sum reads here")
 
 
 # -----------------------------------------------------------------------------
@@ -1285,8 +1286,8 @@ def load_drafter(init, model, tokenizer, args):
 def main_medusa(init, model, tokenizer, args):
     """--train_medusa: rows of a text, or of the model's own, and heads from them."""
     if not Path(init).is_dir():
-        raise BadInput(f"--train_medusa saves the heads beside the model, but {init} is no folder: import it first with "
-                       f"python model.py import {init} --out out/model")
+        raise BadInput(f"--train_medusa saves the heads beside the model, but {init} is no folder: import it first "
+                       f"with python model.py import {init} --out out/model")
     T, rows = min(256, model.config.block_size), 256
     if args.medusa_text:
         ids = tokenizer.encode("".join(itertools.islice(read_pieces([args.medusa_text]), 8)))  # 8 MB

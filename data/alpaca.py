@@ -35,10 +35,12 @@ def chats(split, input=None):
 # -----------------------------------------------------------------------------
 # Self-instruct
 
-RULES = """Write {n} new and different tasks for an assistant that reads and writes text. Every task has an
-instruction of one or two sentences, an input where the instruction needs one and "none" where not, and the right output.
-Vary the verbs, the subjects and the form, ask nothing that needs pictures or sound, and answer in at most 100 words.
-"""
+RULES = (
+    'Write {n} new and different tasks for an assistant that reads and writes text. Every task has an\n'
+    'instruction of one or two sentences, an input where the instruction needs one and "none" where not, '
+    'and the right output.\n'
+    'Vary the verbs, the subjects and the form, ask nothing that needs pictures or sound, '
+    'and answer in at most 100 words.\n')
 
 
 def prompt(seeds, made, n=20, shown=3, seed=0):

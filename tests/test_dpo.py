@@ -1,4 +1,4 @@
-"""The preference room as a specification: losses against trl and against their optimum, packing, batches, the script."""
+"""The preference room as a specification: losses against trl and their optimum, packing, batches, the script."""
 import json
 import math
 import os
@@ -104,7 +104,7 @@ def kl(p, q):
 
 @pytest.fixture(scope="module")
 def pairs_of_64():
-    """A world, and all pairs of its answers as the reference draws them, with the chance that the first is preferred."""
+    """A world and all pairs of its answers as the reference draws them, with the chance that the first is preferred."""
     world = tastes.world(0)
     ref, r = torch.from_numpy(world.ref()), torch.from_numpy(world.reward)
     return world, ref, r, (ref[:, None] + ref).exp() * torch.sigmoid(r[:, None] - r)
@@ -457,9 +457,10 @@ def here(monkeypatch, world, *flags, out="run", data="pairs"):
 
 def test_a_run_learns_the_pairs_and_leaves_a_run(monkeypatch, world, capsys):
     metrics, log = here(monkeypatch, world, "--epochs", 4, "--batch", 16)
-    assert metrics["preference_accuracy"] > 0.7 and len(log) == 27 and log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert {"loss", "reward_chosen", "reward_rejected", "margin", "accuracy", "logp_chosen", "logp_rejected", "kl", "length",
-            "eos_rate", "grad_norm", "tokens_per_s"} <= log[0].keys() and "entropy" in log[4]
+    assert metrics["preference_accuracy"] > 0.7 and len(log) == 27
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert {"loss", "reward_chosen", "reward_rejected", "margin", "accuracy", "logp_chosen", "logp_rejected", "kl",
+            "length", "eos_rate", "grad_norm", "tokens_per_s"} <= log[0].keys() and "entropy" in log[4]
     assert load_run(world / "run")[1]["stage"] == "dpo"
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == metrics
 
@@ -495,11 +496,12 @@ def test_an_adapter_is_trained_against_itself_switched_off(monkeypatch, world):
 
 
 def test_two_rounds_of_its_own_samples(monkeypatch, world):
-    """An untrained model's right answers are too rare to pair, so the file asks for the letters that it prefers anyway."""
+    """An untrained model's right answers are too rare to pair, so the file asks for letters that it prefers anyway."""
     questions = [{"prompt": f"{i:02}+00=", "answer": ""} for i in range(60)]
     (world / "ask.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    metrics, log = here(monkeypatch, world, "--data", "prompts", "--input", world / "ask.jsonl", "--rounds", 2, "--steps", 4,
-                        "--round_ref", "last", "--samples", 16, "--max_new_tokens", 6, "--val", 40, out="rounds", data="")
+    metrics, log = here(monkeypatch, world, "--data", "prompts", "--input", world / "ask.jsonl", "--rounds", 2,
+                        "--steps", 4, "--round_ref", "last", "--samples", 16, "--max_new_tokens", 6, "--val", 40,
+                        out="rounds", data="")
     assert [line["round"] for line in log] == [0] * 4 + [1] * 4
     assert log[4]["loss"] == pytest.approx(math.log(2), abs=1e-3)  # the second round's reference is its own start
     assert metrics["accuracy_sampled"] >= 0
@@ -518,10 +520,12 @@ def run(world, *flags, world_size=1, check=0):
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow),
                                       pytest.param("zero1", marks=pytest.mark.slow)])
 def test_two_processes_take_one_processs_steps(world, monkeypatch, parallel):
-    flags = "--data", "pairs", "--input", world / "pairs.jsonl", "--steps", 4, "--batch", 15, "--log_every", 1, "--lr", 1e-3
+    flags = ("--data", "pairs", "--input", world / "pairs.jsonl", "--steps", 4, "--batch", 15, "--log_every", 1,
+             "--lr", 1e-3)
     here(monkeypatch, world, *flags, out="one", data="")
     run(world, *flags, "--parallel", parallel, "--check", "addition", "--out", world / "two", world_size=2)
-    one, two = ([json.loads(line) for line in (world / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    one, two = ([json.loads(line) for line in (world / name / "log.jsonl").read_text().splitlines()]
+                for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         for key in ("loss", "logp_chosen", "logp_rejected", "accuracy", "grad_norm", "entropy", "kl"):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), (key, a, b)
@@ -545,7 +549,8 @@ def test_two_processes_take_one_processs_steps(world, monkeypatch, parallel):
 def test_bad_input_is_answered_in_one_sentence(world, capsys, monkeypatch, flags, sentence):
     (world / "same.jsonl").write_text('{"prompt": "1=", "chosen": "2", "rejected": "2"}\n' * 20)
     (world / "broken.jsonl").write_text('{"prompt": "1=", "chosen": "2", "rejected": "3"}\n{"prompt": "1="}\n')
-    places = {"OTHER": "other", "PAIRS": "pairs.jsonl", "ROWS": "rows.jsonl", "SAME": "same.jsonl", "BROKEN": "broken.jsonl"}
+    places = {"OTHER": "other", "PAIRS": "pairs.jsonl", "ROWS": "rows.jsonl", "SAME": "same.jsonl",
+              "BROKEN": "broken.jsonl"}
     flags = [str(world / places[f]) if f in places else f.replace("START", str(world / "start")) for f in flags]
     monkeypatch.setattr(sys, "argv", ["dpo.py", "--init", str(world / "start"), "--device", "cpu", "--out",
                                       str(world / "bad"), *flags])

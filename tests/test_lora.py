@@ -206,7 +206,8 @@ def test_relora_puts_what_it_learned_into_the_weights_and_starts_anew():
     old = lora.grafts(model)[0].lora_A.clone()
     lora.restart(model, seed=7)
     assert (logits(model, idx()) - before).abs().max() < 1e-5 * before.abs().max()
-    assert all(m.lora_B.abs().max() == 0 for m in lora.grafts(model)) and not torch.equal(lora.grafts(model)[0].lora_A, old)
+    assert all(m.lora_B.abs().max() == 0 for m in lora.grafts(model))
+    assert not torch.equal(lora.grafts(model)[0].lora_A, old)
 
 
 def test_adalora_prunes_down_to_its_budget_and_along_the_cube():
@@ -297,7 +298,8 @@ def test_an_adapter_comes_back_from_its_folder(base, tmp_path, tune):
     shake(model)
     model.eval()
     lora.save(tmp_path, model, {"stage": "sft"}, where)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "run.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "run.json"]
     again = GPT.from_pretrained(tmp_path)
     torch.testing.assert_close(logits(again, idx()), logits(model, idx()), rtol=1e-5, atol=1e-5)
     assert lora.added("blocks.0.attn.q.lora_A") and again.adapter.tune == lora.WRITTEN.get(tune, tune)
@@ -416,7 +418,8 @@ def test_merge_writes_a_plain_model(base, tmp_path):
 def test_count_lists_every_method(base):
     lines = run("count", base).splitlines()
     assert [line.split()[0] for line in lines] == list(lora.METHODS)
-    assert "bitfit" in run("count", "llama-7b", "--tune", "bitfit") and "has none" in run("count", "llama-7b", "--tune", "bitfit")
+    counted = run("count", "llama-7b", "--tune", "bitfit")
+    assert "bitfit" in counted and "has none" in counted
 
 
 SCRIPT = """
@@ -448,14 +451,15 @@ def test_the_table_takes_each_methods_best_rate(base, monkeypatch, tmp_path):
 
     def launch(script, runs, jobs):
         asked.append(runs)
-        return {out: {"accuracy": 0.5 if "1e-2" in out else 0.25, "trained": 7, "tokens_per_s": 9, "peak_memory": 2 ** 20}
-                for out in runs}
+        return {out: {"accuracy": 0.5 if "1e-2" in out else 0.25, "trained": 7, "tokens_per_s": 9,
+                      "peak_memory": 2 ** 20} for out in runs}
     monkeypatch.setattr(lora, "launch", launch)
     lines = run("table", "--init", base, "--out", tmp_path, "--lrs", "1e-3,1e-2", "--seeds", 2).splitlines()
     names = [line.split(" | ")[0].strip("| ") for line in lines[2:]]
     assert names == ["full", *(m for m in lora.METHODS), "lora, all", "dora, all", "qlora, all"]
     assert len(asked[0]) == 2 * len(names) and len(asked[1]) == 2 * len(names)
-    assert all("1e-2" in out for out in asked[1]) and all(line.endswith("1e-2 | 9 | 1 MiB | 50.0% ± 0.0% |") for line in lines[2:])
+    assert all("1e-2" in out for out in asked[1])
+    assert all(line.endswith("1e-2 | 9 | 1 MiB | 50.0% ± 0.0% |") for line in lines[2:])
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -268,7 +268,8 @@ def adapter(path, base, rank=4, alpha=8, seed=0, **config):
             deltas[name] = alpha / rank * (B @ A)
     path.mkdir()
     save_safetensors(tensors, path / "adapter_model.safetensors")
-    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": alpha} | config))
+    (path / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "r": rank, "lora_alpha": alpha} | config))
     return deltas
 
 
@@ -356,7 +357,8 @@ def peak(*args, piece=room.PIECE):
     """Bytes that merge.py held at most, in a process of its own."""
     code = (f"import resource, sys, merge; from bpe import cli; merge.PIECE = {piece}; cli(merge.main); "
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, capture_output=True, encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT,
+                          capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     return int(done.stdout.split()[-1]) * 1024
 

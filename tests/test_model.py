@@ -249,8 +249,9 @@ def test_shared_layers_and_a_factorized_embedding_are_alberts():
     per_block = sum(p.numel() for p in full.blocks[0].parameters())
     assert M.count_parameters(full)[0] - M.count_parameters(shared)[0] == 3 * per_block + 2 * (128 * 24 - 8 * 32)
     repeated = make(n_layer=4, embd_dim=8)
-    repeated.load_state_dict({name: shared.state_dict()[f"blocks.0.{name.split('.', 2)[2]}" if "blocks" in name else name]
-                              for name in repeated.state_dict()})
+    repeated.load_state_dict({
+        name: shared.state_dict()[f"blocks.0.{name.split('.', 2)[2]}" if "blocks" in name else name]
+        for name in repeated.state_dict()})
     assert torch.allclose(repeated(tokens(2, 9))[0], shared(tokens(2, 9))[0], atol=1e-6)
 
 
@@ -315,8 +316,9 @@ def test_documents_in_one_row_do_not_see_each_other():
 @pytest.mark.parametrize("settings, word", [
     (dict(n_embd=30), "n_head"), (dict(n_kv_head=3), "n_kv_head"), (dict(norm="batch"), "norm"),
     (dict(act="tanh"), "act"), (dict(pos="absolute"), "pos"), (dict(head_dim=7), "rope"), (dict(rope_dim=10), "rope"),
-    (dict(attn="full,wide"), "attn"), (dict(attn="window"), "--window"), (dict(attn="full,full,full", window=2), "n_layer"),
-    (dict(place="deepnorm"), "--init deepnorm"), (dict(rope_scaling="yarn", rope_factor=2.0), "rope_original"),
+    (dict(attn="full,wide"), "attn"), (dict(attn="window"), "--window"),
+    (dict(attn="full,full,full", window=2), "n_layer"), (dict(place="deepnorm"), "--init deepnorm"),
+    (dict(rope_scaling="yarn", rope_factor=2.0), "rope_original"),
     (dict(rope_scaling="linear", pos="learned"), "pos=rope"), (dict(norm="rmsnorm", norm_bias=True), "bias"),
     (dict(share=3), "--share"), (dict(dropout=1.0), "dropout"), (dict(n_layer=0), "n_layer"),
     (dict(pos="sinusoidal", embd_dim=7), "odd")])
@@ -824,7 +826,8 @@ sees[1:, 0] = sees[3, 1] = sees[4, 2] = True
 for kind, window, alibi, H, heads, D, T, size, tree in [
         ("full", 0, 0, 4, 4, 16, 1, 64, 0), ("full", 0, 0, 6, 2, 24, 5, 64, 0), ("full", 0, 1, 4, 2, 16, 5, 128, 1),
         ("window", 9, 0, 4, 4, 16, 5, 256, 1), ("window", 100, 1, 4, 1, 16, 1, 256, 0),
-        ("strided", 7, 0, 4, 2, 32, 3, 64, 0), ("full", 0, 0, 4, 2, 16, 1, 2048, 0), ("full", 0, 1, 4, 2, 16, 5, 2048, 1)]:
+        ("strided", 7, 0, 4, 2, 32, 3, 64, 0), ("full", 0, 0, 4, 2, 16, 1, 2048, 0),
+        ("full", 0, 1, 4, 2, 16, 5, 2048, 1)]:
     B, S = 3, size
     pos = torch.tensor([0, S // 2 + 3, S - T])
     k, v = torch.randn(B, heads, S, D), torch.randn(B, heads, S, D)
@@ -903,7 +906,8 @@ for style in (M.GPT2, dict(M.LLAMA, n_kv_head=2), dict(M.LLAMA, n_kv_head=1, qk_
         with torch.no_grad():
             want, got = M.decode_block(block, x, rope, one), M.vector_block(block, x, rope, two)
         assert torch.allclose(got, want, atol=2e-5), (style, B, T, (got - want).abs().max())
-        assert torch.allclose(one.k, two.k, atol=1e-5) and torch.equal(one.v, two.v) or torch.allclose(one.v, two.v, atol=1e-5)
+        assert (torch.allclose(one.k, two.k, atol=1e-5) and torch.equal(one.v, two.v)
+                or torch.allclose(one.v, two.v, atol=1e-5))
 print("equal")
 """
 
@@ -914,7 +918,8 @@ def test_the_decoding_kernels_equal_what_they_stand_for(script):
     """On a GPU, or by Triton's interpreter."""
     cuda = torch.cuda.is_available()
     done = subprocess.run([sys.executable, "-c", script.format(root=str(ROOT), device="cuda" if cuda else "cpu")],
-                          env={**os.environ, **({} if cuda else {"TRITON_INTERPRET": "1"})}, capture_output=True, text=True)
+                          env={**os.environ, **({} if cuda else {"TRITON_INTERPRET": "1"})},
+                          capture_output=True, text=True)
     assert done.stdout == "equal\n", done.stderr
 
 

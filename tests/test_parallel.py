@@ -1,6 +1,6 @@
 """
-One run, whatever the processes: every way to spread a model gives the losses, gradient norms and weights of one process.
-Each launch of torchrun runs this file as a script, over many layouts, and writes what it saw as JSON.
+One run, whatever the processes: every way to spread a model gives the losses, gradient norms and weights of one
+process. Each launch of torchrun runs this file as a script, over many layouts, and writes what it saw as JSON.
 """
 import functools
 import json
@@ -43,12 +43,14 @@ RUNS = {  # processes: (style, flags), each from the first step to the last
 SLOW = {
     2: [("alibi", "--tp 2"), ("alibi", "--cp 2"), ("nano", "--parallel fsdp --offload"),
         ("gpt2", "--pp 2 --pp_schedule gpipe --micro_batch 2"), ("nano", "--micro_batch 2 --recompute selective"),
-        ("llama", "--tp 2"), ("t5", "--tp 2"), ("t5", "--cp 2"), ("falcon", "--tp 2"), ("nano", "--parallel zero1 --offload"),
-        ("nano", "--parallel zero1 --optimizer adamw --lr 0.01"), ("gpt2", "--parallel fsdp --optimizer adamw --lr 0.01"),
-        ("gpt2", "--parallel fsdp --dtype bfloat16"), ("gpt2", "--pp 2 --dtype bfloat16"), ("gpt2", "--tp 2 --dtype bfloat16")],
+        ("llama", "--tp 2"), ("t5", "--tp 2"), ("t5", "--cp 2"), ("falcon", "--tp 2"),
+        ("nano", "--parallel zero1 --offload"), ("nano", "--parallel zero1 --optimizer adamw --lr 0.01"),
+        ("gpt2", "--parallel fsdp --optimizer adamw --lr 0.01"), ("gpt2", "--parallel fsdp --dtype bfloat16"),
+        ("gpt2", "--pp 2 --dtype bfloat16"), ("gpt2", "--tp 2 --dtype bfloat16")],
     4: [("nano", "--parallel zero1 --tp 2"), ("llama", "--parallel fsdp --cp 2"), ("gpt2", "--tp 2 --cp 2"),
-        ("gpt2", "--pp 2 --tp 2"), ("gpt2", "--pp 2 --parallel fsdp --micro_batch 1"), ("nano", "--pp 2 --parallel zero1"),
-        ("gpt2", "--pp 4 --micro_batch 2"), ("gpt2", "--parallel hsdp --hsdp_shard 2"), ("nano", "--parallel fsdp --tp 2"),
+        ("gpt2", "--pp 2 --tp 2"), ("gpt2", "--pp 2 --parallel fsdp --micro_batch 1"),
+        ("nano", "--pp 2 --parallel zero1"), ("gpt2", "--pp 4 --micro_batch 2"),
+        ("gpt2", "--parallel hsdp --hsdp_shard 2"), ("nano", "--parallel fsdp --tp 2"),
         ("nano", "--parallel hsdp --hsdp_shard 2 --micro_batch 1"), ("alibi", "--pp 2 --cp 2")],
 }
 SAVED = [("nano", "--parallel fsdp --ckpt full"), ("gpt2", "--parallel fsdp --ckpt sharded"),
@@ -89,7 +91,8 @@ def go(process, trainer, micro, first=0, steps=STEPS):
 
 def evaluate(process, trainer):
     ids = loader().tokens[0][:1000]
-    return T.validate(trainer.sharded, {"a": (1.0, ids)}, 32, 0, 3, process, torch.ones(100, dtype=torch.long))["val_loss"]
+    return T.validate(trainer.sharded, {"a": (1.0, ids)}, 32, 0, 3, process,
+                      torch.ones(100, dtype=torch.long))["val_loss"]
 
 
 def spread_out(device, world, rank, flags):
@@ -107,7 +110,8 @@ def collectives(rank, n):
     M.ring_all_reduce(results["ring"])
     dist.reduce(results["reduce + broadcast"], 0)
     dist.broadcast(results["reduce + broadcast"], 0)
-    results["reduce-scatter + all-gather"] = M.all_gather(M.reduce_scatter(mine, 0, dist.group.WORLD), 0, dist.group.WORLD)
+    scattered = M.reduce_scatter(mine, 0, dist.group.WORLD)
+    results["reduce-scatter + all-gather"] = M.all_gather(scattered, 0, dist.group.WORLD)
     return {name: t.tolist() for name, t in results.items()}
 
 
@@ -141,8 +145,9 @@ def worker(out, tasks):
 
 def launch(world, out, tasks):
     out.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world),
-                           __file__, "worker", str(out), json.dumps([[*t, ""][:3] for t in tasks])],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node", str(world), __file__, "worker", str(out),
+                           json.dumps([[*t, ""][:3] for t in tasks])],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads((out / "seen.json").read_text())
@@ -167,7 +172,8 @@ def launched(folder):
             save_alone(folder)
             tasks += [(style, flags, f"save {name_of(style, flags)}") for style, flags in SAVED]
             tasks += [("gpt2", "--parallel fsdp", f"load {name_of(*SAVED[2])}"), ("nano", "--cp 2", "load alone"),
-                      ("nano", "--pp 2", f"load {name_of(*SAVED[0])}"), ("gpt2", "--tp 2", f"load {name_of(*SAVED[1])}")]
+                      ("nano", "--pp 2", f"load {name_of(*SAVED[0])}"),
+                      ("gpt2", "--tp 2", f"load {name_of(*SAVED[1])}")]
         if world == 4 and not slow:
             get(2)
             tasks += [("gpt2", "--parallel fsdp --tp 2", f"load {name_of(*SAVED[1])}")]
@@ -217,7 +223,8 @@ def test_losses_norms_and_weights_are_those_of_one_process(world, style, flags, 
 @pytest.mark.slow
 @pytest.mark.parametrize("world, style, flags", [(world, *run) for world, runs in SLOW.items() for run in runs])
 def test_more_layouts_are_those_of_one_process(world, style, flags, launched):
-    expect_equal(launched(world, slow=True)[f"{style} {flags}"], style, flags, tolerance=0.05 if "bfloat16" in flags else 1e-4)
+    tolerance = 0.05 if "bfloat16" in flags else 1e-4
+    expect_equal(launched(world, slow=True)[f"{style} {flags}"], style, flags, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("world, style, flags, saved", [
@@ -279,7 +286,8 @@ def test_context_parallel_chunks_see_the_same_number_of_keys():
 
 
 @pytest.mark.parametrize("style, flags, words", [
-    ({}, "--tp 3", ["--tp 3", "2 process", "multiple of 3"]), ({}, "--parallel hsdp --hsdp_shard 3", ["--hsdp_shard 3"]),
+    ({}, "--tp 3", ["--tp 3", "2 process", "multiple of 3"]),
+    ({}, "--parallel hsdp --hsdp_shard 3", ["--hsdp_shard 3"]),
     (dict(n_head=3, n_embd=36), "--tp 2", ["--tp 2", "heads"]), (dict(n_hidden=65), "--tp 2", ["--tp 2", "hidden"]),
     (dict(n_head=4, n_kv_head=1), "--tp 2", ["--tp 2", "heads of keys"]),
     (dict(block_size=34), "--cp 2", ["--cp 2", "block_size"]), (dict(n_layer=1), "--pp 2", ["--pp 2", "layers"]),
@@ -287,7 +295,8 @@ def test_context_parallel_chunks_see_the_same_number_of_keys():
 def test_a_layout_that_cannot_work_is_refused_in_one_sentence_that_names_the_flag(style, flags, words):
     args = T.get_args(flags.split())
     with pytest.raises(BadInput) as error:
-        process = M.lay_out(M.Process(torch.device("cpu"), 0, 2), args.parallel, args.hsdp_shard, args.pp, args.cp, args.tp)
+        process = M.lay_out(M.Process(torch.device("cpu"), 0, 2), args.parallel, args.hsdp_shard,
+                            args.pp, args.cp, args.tp)
         config = M.GPTConfig(**{**NANO, **style})
         M.check_layout(config, process, config.block_size)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
@@ -303,7 +312,8 @@ SMALL = ["--data", "arithmetic", "--tokenizer", "char", "--block_size", "32", "-
 def script(*args, world=2):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 else []
     return subprocess.Popen([sys.executable, *launch, str(ROOT / "train.py"), *SMALL, *map(str, args)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def losses(out):
@@ -312,8 +322,8 @@ def losses(out):
 
 def test_a_killed_rank_stops_the_others_and_the_last_save_goes_on_exactly(tmp_path):
     out = tmp_path / "run"
-    job = script("--parallel", "fsdp", "--ckpt", "sharded", "--steps", 1000, "--schedule", "constant", "--save_every", 4,
-                 "--timeout", 20, "--out", out)
+    job = script("--parallel", "fsdp", "--ckpt", "sharded", "--steps", 1000, "--schedule", "constant",
+                 "--save_every", 4, "--timeout", 20, "--out", out)
     for line in job.stdout:
         if line.startswith("step 9/"):
             break

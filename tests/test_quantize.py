@@ -444,7 +444,8 @@ def test_a_quantized_run_is_sampled_and_evaluated_like_any_other(folder):
     out, _ = call(sample_room, "--init", folder / "int4", "--prompt", "the cat", "--max_new_tokens", 8)
     assert out.startswith("the cat")
     alone = ["--init", folder / "int4", "--prompt", "the cat", "--max_new_tokens", "8"]
-    done = subprocess.run([sys.executable, ROOT / "sample.py", *alone], capture_output=True, text=True)  # where nothing has imported quantize.py yet
+    # where nothing has imported quantize.py yet
+    done = subprocess.run([sys.executable, ROOT / "sample.py", *alone], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == out, done.stderr
     text = f"text={folder / 'text.txt'}"
     out, _ = call(evaluate_room, "--init", folder / "int4", "--task", text, "--eval_tokens", 512, "--device", "cpu",
@@ -528,7 +529,8 @@ def test_a_file_of_another_model_is_refused(folder, tmp_path):
 
 
 def test_the_default_run_reads_texts(tmp_path):
-    for i, (name, tokenizer) in enumerate([("base", {"kind": "bpe", "ranks": "a"}), ("rl", {"kind": "char", "ranks": "no one's"})]):
+    tokenizers = [("base", {"kind": "bpe", "ranks": "a"}), ("rl", {"kind": "char", "ranks": "no one's"})]
+    for i, (name, tokenizer) in enumerate(tokenizers):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps({"tokenizer": tokenizer, "args": {}}))
         os.utime(tmp_path / name / "run.json", (i, i))

@@ -681,7 +681,8 @@ def test_guesses_on_the_command_line(tmp_path):
         tokenizer.save(tmp_path / name)
     args = "--init", tmp_path / "big", "--prompt", "the cat", "--max_new_tokens", 20, "--temperature", 0
     plain, err = sample(*args)
-    assert re.search(r"prefill [\d,]+ tokens/s; 20 tokens, [\d,]+ tokens/s; [\d.]+ MB a token, [\d.]+ GB/s, \d+% of", err)
+    assert re.search(r"prefill [\d,]+ tokens/s; 20 tokens, [\d,]+ tokens/s; "
+                     r"[\d.]+ MB a token, [\d.]+ GB/s, \d+% of", err)
     for draft in (tmp_path / "small", "ngram"):
         guessed, err = sample(*args, "--draft", draft)
         assert guessed == plain and "guesses kept a round" in err

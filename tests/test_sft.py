@@ -105,7 +105,8 @@ def test_rows_of_other_kinds(tokenizer):
     assert tokenizer.decode(ids[mask == 1].tolist()) == " sat<|endoftext|>"
     ids, mask = sft.encode("row", {"text": "the cat"}, tokenizer, args)
     assert tokenizer.decode(ids[mask == 1].tolist()) == "the cat<|endoftext|>"
-    ids, _ = sft.encode("row", {"instruction": "Say.", "input": "cat", "output": "mat"}, tokenizer, flags("--template", "alpaca"))
+    ids, _ = sft.encode("row", {"instruction": "Say.", "input": "cat", "output": "mat"}, tokenizer,
+                        flags("--template", "alpaca"))
     assert "### Input:\ncat\n" in tokenizer.decode(ids.tolist())
     ids, _ = sft.encode("row", CHATS[0], tokenizer, flags("--system", "be short"))
     assert tokenizer.decode(ids.tolist()).startswith("<|im_start|>system\nbe short<|im_end|>\n<|im_start|>user")
@@ -249,10 +250,11 @@ def test_lr_auto_is_the_course_notes_example():
 def test_a_run_learns_and_keeps_its_template(base, tokenizer, tmp_path):
     rows = rows_file(tmp_path / "rows.jsonl", CHATS * 10 + [chat("who?")])
     metrics, text = tune("--init", base, "--data", rows, "--dedup", "none", "--steps", 30, "--batch_tokens", 256,
-                         "--out", tmp_path / "out", "--lr", 5e-3, "--eval_every", 10, "--eval_answers", 5, "--system", "be short",
-                         "--show", 1, "--neftune", 1, "--label_smoothing", 0.01)
+                         "--out", tmp_path / "out", "--lr", 5e-3, "--eval_every", 10, "--eval_answers", 5,
+                         "--system", "be short", "--show", 1, "--neftune", 1, "--label_smoothing", 0.01)
     before = float(text.split("step 0: val_loss ")[1].split()[0])
-    assert "1 without an assistant's turn" in text and metrics["val_loss"] < 0.5 * before and 0 <= metrics["accuracy"] <= 1
+    assert "1 without an assistant's turn" in text
+    assert metrics["val_loss"] < 0.5 * before and 0 <= metrics["accuracy"] <= 1
     saved = Tokenizer.load(tmp_path / "out")
     assert saved.chat == {"template": "chatml", "system": "be short"}
     # generation writes the very chat that was trained on, with no flag given
@@ -266,8 +268,8 @@ def test_a_run_learns_and_keeps_its_template(base, tokenizer, tmp_path):
 @pytest.mark.parametrize("extra", ([], ["--lora_rank", 4], ["--optimizer", "adam8bit"]))
 def test_a_resumed_run_is_the_same_run(base, tmp_path, extra):
     rows = rows_file(tmp_path / "rows.jsonl", CHATS * 10)
-    common = ["--init", base, "--data", rows, "--dedup", "none", "--batch_tokens", 256, "--eval_answers", 0, "--eval_every", 0,
-              "--schedule", "constant", *extra]
+    common = ["--init", base, "--data", rows, "--dedup", "none", "--batch_tokens", 256, "--eval_answers", 0,
+              "--eval_every", 0, "--schedule", "constant", *extra]
     tune(*common, "--steps", 8, "--out", tmp_path / "whole")
     tune(*common, "--steps", 4, "--save_every", 4, "--out", tmp_path / "parts")
     tune("--resume", "--steps", 8, "--out", tmp_path / "parts")
@@ -280,26 +282,28 @@ def test_micro_batches_and_padding_do_not_change_a_step(base, tmp_path):
     rows = rows_file(tmp_path / "rows.jsonl", CHATS * 5)
     losses = []
     for i, extra in enumerate((["--micro_batch", 4], ["--micro_batch", 1])):
-        tune("--init", base, "--data", rows, "--dedup", "none", "--steps", 3, "--batch_tokens", 256, "--eval_answers", 0,
-             "--out", tmp_path / str(i), *extra)
+        tune("--init", base, "--data", rows, "--dedup", "none", "--steps", 3, "--batch_tokens", 256,
+             "--eval_answers", 0, "--out", tmp_path / str(i), *extra)
         losses.append([json.loads(line)["loss"] for line in (tmp_path / str(i) / "log.jsonl").read_text().splitlines()])
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)
 
 
 def test_patience_keeps_the_best_weights(base, tmp_path):
     rows = rows_file(tmp_path / "rows.jsonl", CHATS * 5)
-    metrics, text = tune("--init", base, "--data", rows, "--dedup", "none", "--steps", 60, "--batch_tokens", 256, "--lr", 0.2,
-                         "--schedule", "constant", "--warmup", 0, "--grad_clip", 0, "--eval_every", 5, "--patience", 2,
-                         "--out", tmp_path / "out", "--eval_answers", 0)
-    seen = [float(line.split("val_loss ")[1].split()[0]) for line in text.splitlines() if line.startswith("step ") and "val_loss" in line]
+    metrics, text = tune("--init", base, "--data", rows, "--dedup", "none", "--steps", 60, "--batch_tokens", 256,
+                         "--lr", 0.2, "--schedule", "constant", "--warmup", 0, "--grad_clip", 0, "--eval_every", 5,
+                         "--patience", 2, "--out", tmp_path / "out", "--eval_answers", 0)
+    seen = [float(line.split("val_loss ")[1].split()[0]) for line in text.splitlines()
+            if line.startswith("step ") and "val_loss" in line]
     assert "no better for 2 validations" in text and metrics["val_loss"] == pytest.approx(min(seen[1:]), abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ("lora", "adalora", "prefix", "serial"))
 def test_an_adapters_run_is_small_and_answers_like_the_tuned_model(base, tmp_path, method):
     rows = rows_file(tmp_path / "rows.jsonl", CHATS * 10)
-    metrics, _ = tune("--init", base, "--data", rows, "--dedup", "none", "--steps", 12, "--batch_tokens", 256, "--tune", method,
-                      "--virtual_tokens", 4, "--out", tmp_path / "out", "--lr", 1e-2, "--eval_answers", 4)
+    metrics, _ = tune("--init", base, "--data", rows, "--dedup", "none", "--steps", 12, "--batch_tokens", 256,
+                      "--tune", method, "--virtual_tokens", 4, "--out", tmp_path / "out", "--lr", 1e-2,
+                      "--eval_answers", 4)
     assert not (tmp_path / "out" / "model.safetensors").exists()
     model = GPT.from_pretrained(tmp_path / "out")
     saved = Tokenizer.load(tmp_path / "out")
@@ -316,8 +320,8 @@ def test_an_adapters_run_is_small_and_answers_like_the_tuned_model(base, tmp_pat
 
 def test_relora_saves_a_whole_model(base, tmp_path):
     rows = rows_file(tmp_path / "rows.jsonl", CHATS * 10)
-    tune("--init", base, "--data", rows, "--dedup", "none", "--steps", 9, "--batch_tokens", 256, "--lora_rank", 2, "--relora", 3,
-         "--out", tmp_path / "out", "--eval_answers", 0, "--warmup", 1)
+    tune("--init", base, "--data", rows, "--dedup", "none", "--steps", 9, "--batch_tokens", 256, "--lora_rank", 2,
+         "--relora", 3, "--out", tmp_path / "out", "--eval_answers", 0, "--warmup", 1)
     tuned, start = GPT.from_pretrained(tmp_path / "out"), GPT.from_pretrained(base)
     delta = tuned.blocks[0].attn.q.weight - start.blocks[0].attn.q.weight
     assert tuned.adapter is None and torch.linalg.matrix_rank(delta, rtol=1e-3) > 2  # three times rank 2
@@ -328,8 +332,8 @@ def test_pretraining_text_is_mixed_in_by_rows(base, tokenizer, tmp_path, monkeyp
     (tmp_path / "book.txt").write_text(TEXT * 3)
     folders = data.prepare("text", tokenizer, input=tmp_path / "book.txt", root=tmp_path / "corpora")[0]
     monkeypatch.setattr(data, "prepared", lambda *args: folders)
-    tune("--init", base, "--data", rows, "--dedup", "none", "--steps", 3, "--batch_tokens", 512, "--mix", "text", "--mix_share", 0.25,
-         "--out", tmp_path / "out", "--eval_answers", 0)
+    tune("--init", base, "--data", rows, "--dedup", "none", "--steps", 3, "--batch_tokens", 512, "--mix", "text",
+         "--mix_share", 0.25, "--out", tmp_path / "out", "--eval_answers", 0)
     line = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[0])
     assert line["mix_loss"] > 0
     assert json.loads((tmp_path / "out" / "run.json").read_text())["args"]["mix"] == "text"
@@ -339,16 +343,18 @@ def test_pretraining_text_is_mixed_in_by_rows(base, tokenizer, tmp_path, monkeyp
                                     pytest.param("zero1", marks=pytest.mark.slow)])
 def test_two_processes_are_one_run(base, tmp_path, layout):
     rows = rows_file(tmp_path / "rows.jsonl", CHATS * 10)
-    common = ["--init", base, "--data", rows, "--dedup", "none", "--steps", 3, "--batch_tokens", 256, "--eval_answers", 0,
-              "--device", "cpu"]
+    common = ["--init", base, "--data", rows, "--dedup", "none", "--steps", 3, "--batch_tokens", 256,
+              "--eval_answers", 0, "--device", "cpu"]
     tune(*common, "--out", tmp_path / "one")
     env = dict(os.environ, OMP_NUM_THREADS="1")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "sft.py"),
-                    *map(str, common), "--parallel", layout, "--out", str(tmp_path / "two")], check=True, env=env,
-                   capture_output=True)
-    one, two = ([json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("one", "two"))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                    str(ROOT / "sft.py"), *map(str, common), "--parallel", layout, "--out", str(tmp_path / "two")],
+                   check=True, env=env, capture_output=True)
+    one, two = ([json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+                for run in ("one", "two"))
     for a, b in zip(one, two, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
 # Classification
@@ -368,15 +374,16 @@ def labelled(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ("text", "entailment", "similarity", "choice"))
 def test_gpt1s_four_inputs_are_learned(base, tmp_path, kind):
-    metrics, text = tune("--task", "classify", "--init", base, "--data", labelled(tmp_path, kind), "--steps", 40, "--lr", 3e-3,
-                         "--batch_tokens", 512, "--out", tmp_path / "out", "--val", 0.2)
+    metrics, text = tune("--task", "classify", "--init", base, "--data", labelled(tmp_path, kind), "--steps", 40,
+                         "--lr", 3e-3, "--batch_tokens", 512, "--out", tmp_path / "out", "--val", 0.2)
     assert kind in text and metrics["accuracy"] >= 0.9
     assert GPT.from_pretrained(tmp_path / "out").class_head is not None
 
 
 def test_similarity_does_not_know_which_text_came_first(tokenizer):
     model = make(tokenizer, n_class=2)
-    rows = [("f", {"text_a": "cat", "text_b": "dog ran", "label": "x"}), ("f", {"text_a": "dog ran", "text_b": "cat", "label": "y"})]
+    rows = [("f", {"text_a": "cat", "text_b": "dog ran", "label": "x"}),
+            ("f", {"text_a": "dog ran", "text_b": "cat", "label": "y"})]
     examples, labels, kind = sft.read_labelled(rows, tokenizer, 64)
     logits = sft.class_logits(model, [texts for texts, _ in examples], kind)[0]
     torch.testing.assert_close(logits[0], logits[1])
@@ -385,11 +392,12 @@ def test_similarity_does_not_know_which_text_came_first(tokenizer):
 
 def test_the_auxiliary_loss_is_the_texts_own(tokenizer):
     model = make(tokenizer, n_class=2)
-    examples, _, kind = sft.read_labelled([("f", {"text": "the cat sat", "label": "a"}), ("f", {"text": "dog", "label": "b"})],
-                                          tokenizer, 64)
+    rows = [("f", {"text": "the cat sat", "label": "a"}), ("f", {"text": "dog", "label": "b"})]
+    examples, _, kind = sft.read_labelled(rows, tokenizer, 64)
     texts, labels = zip(*examples)
     both, alone = (sft.classifier_loss(model, texts, labels, kind, aux) for aux in (0.5, 0.0))
-    nats = [-model(torch.tensor([t[0]]))[0].log_softmax(-1)[0, :-1].gather(1, torch.tensor(t[0])[1:, None]) for t in texts]
+    nats = [-model(torch.tensor([t[0]]))[0].log_softmax(-1)[0, :-1].gather(1, torch.tensor(t[0])[1:, None])
+            for t in texts]
     torch.testing.assert_close(both - alone, 0.5 * torch.cat(nats).mean())
 
 
@@ -397,7 +405,8 @@ def test_the_auxiliary_loss_is_the_texts_own(tokenizer):
 
 
 def test_self_instruct_asks_reads_and_keeps_what_is_new():
-    seeds = [{"instruction": f"Name {i} kinds of trees that grow here.", "input": "", "output": "Oak."} for i in range(5)]
+    seeds = [{"instruction": f"Name {i} kinds of trees that grow here.", "input": "", "output": "Oak."}
+             for i in range(5)]
     text = alpaca.prompt(seeds, [{"instruction": "Sort the words.", "input": "b a", "output": "a b"}])
     assert text.count("###") == 4 and text.endswith("4. Instruction:") and "Input: b a" in text
     answer = (" Translate the sentence into French please.\n4. Input: the cat\n4. Output: le chat\n###\n"
@@ -411,15 +420,18 @@ def test_self_instruct_asks_reads_and_keeps_what_is_new():
 
 
 def test_readers(tmp_path):
-    assert gsm8k.messages({"question": "q", "answer": "48/2 = <<48/2=24>>24\n#### 24"})[1]["content"] == "48/2 = 24\n#### 24"
-    row = {"conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    _, answer = gsm8k.messages({"question": "q", "answer": "48/2 = <<48/2=24>>24\n#### 24"})
+    assert answer["content"] == "48/2 = 24\n#### 24"
+    row = {"conversations": [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "q"},
+                             {"from": "gpt", "value": "a"}]}
     assert [m["role"] for m in sharegpt.messages(row)] == ["user", "assistant"]
     with pytest.raises(BadInput, match="'tool' is unknown"):
         sharegpt.messages({"conversations": [{"from": "tool", "value": "x"}]})
     (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "a", "input": "", "output": "b"}]))
     (where, row), = data.read_chats(tmp_path / "rows.json")
     assert data.conversation(row)["messages"][1]["content"] == "b" and where.endswith("row 1")
-    (tmp_path / "book.txt").write_text("The cat sat on the mat today. It was very old and grey. Nobody saw it at all there. " * 9)
+    (tmp_path / "book.txt").write_text(
+        "The cat sat on the mat today. It was very old and grey. Nobody saw it at all there. " * 9)
     asked = list(ppt.chats("train", tmp_path / "book.txt"))
     assert Counter(r["messages"][1]["content"] for r in asked).keys() == {"yes", "no", "maybe"}
 
@@ -432,7 +444,8 @@ def test_questions_about_held_out_people_are_not_in_the_training_rows():
     assert all(m[1]["content"].startswith("This person ") for m in train)
     short = [r["messages"] for r in bios.chats("val", "short")]
     assert all(s[1]["content"] in m[1]["content"] for s, m in zip(short, val))
-    sums = [{r["messages"][0]["content"] if "messages" in r else r["prompt"] for r in arithmetic.chats(s)} for s in ("train", "val")]
+    sums = [{r["messages"][0]["content"] if "messages" in r else r["prompt"] for r in arithmetic.chats(s)}
+            for s in ("train", "val")]
     assert not sums[0] & sums[1] and len(sums[0]) == 2000
 
 
@@ -455,7 +468,8 @@ def test_an_answer_is_right_letter_by_letter_or_by_its_number():
     ("{broken\n", [], "line 1"),
     (json.dumps(chat("who?")) + "\n", [], "without an assistant's turn"),
     (json.dumps(chat("who?", "")) + "\n", [], "with an empty answer"),
-    (json.dumps({"messages": [{"role": "wizard", "content": "x"}, {"role": "assistant", "content": "y"}]}) + "\n", [], "'wizard'"),
+    (json.dumps({"messages": [{"role": "wizard", "content": "x"}, {"role": "assistant", "content": "y"}]}) + "\n",
+     [], "'wizard'"),
     (json.dumps({"colour": "red"}) + "\n", [], "colour"),
     (json.dumps(chat("who?", "cat " * 90)) + "\n", ["--long", "drop"], "longer than 64"),
     (json.dumps(CHATS[0]) + "\n", ["--lr", "fast"], "--lr fast"),
@@ -475,6 +489,6 @@ def test_bad_input_is_one_sentence(base, tmp_path, rows, flags_, message):
     path = tmp_path / "rows.jsonl"
     path.write_text(rows)
     flags_ = [base if flag == "BASE" else flag for flag in flags_]
-    _, text = tune("--init", base, "--data", path, "--steps", 2, "--batch_tokens", 256, "--out", tmp_path / "out", *flags_,
-                   check=2)
+    _, text = tune("--init", base, "--data", path, "--steps", 2, "--batch_tokens", 256, "--out", tmp_path / "out",
+                   *flags_, check=2)
     assert message in text.splitlines()[-1]

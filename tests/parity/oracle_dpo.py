@@ -2,8 +2,10 @@
 The preference losses of trl, whichever version is installed, on fixed log-probabilities. As a script it writes what
 tests/test_dpo.py compares with, one version's part at a time:
 
-    pip install trl==1.16.0 transformers==5.23.0; python tests/parity/oracle_dpo.py     # IPO by mean, per-token DPO, SFT, …
-    pip install trl==0.24.0 transformers==4.57.6; python tests/parity/oracle_dpo.py     # cDPO, IPO by sum, KTO, ORPO, CPO, …
+    # IPO by mean, per-token DPO, SFT, …
+    pip install trl==1.16.0 transformers==5.23.0; python tests/parity/oracle_dpo.py
+    # cDPO, IPO by sum, KTO, ORPO, CPO, …
+    pip install trl==0.24.0 transformers==4.57.6; python tests/parity/oracle_dpo.py
 """
 import json
 from collections import defaultdict
@@ -18,8 +20,8 @@ BETA, EPSILON, GAMMA = 0.3, 0.15, 0.5
 
 
 def inputs():
-    """Per-token log-probabilities of policy and reference (10, 6) float64, 0 behind a response's end; log-ratios of five
-    mismatched responses (5,), and labels for unpaired rows (10,)."""
+    """Per-token log-probabilities of policy and reference (10, 6) float64, 0 behind a response's end; log-ratios of
+    five mismatched responses (5,), and labels for unpaired rows (10,)."""
     g = torch.Generator().manual_seed(0)
     mask = torch.arange(6) < torch.tensor(LENGTHS)[:, None]
     policy, ref = (-torch.rand(10, 6, generator=g, dtype=torch.float64) * 3 * mask for _ in range(2))
@@ -42,9 +44,9 @@ def new_losses():
             kinds = kind if isinstance(kind, list) else [kind]
             stub = SimpleNamespace(
                 model=SimpleNamespace(training=True), accelerator=accelerator(), ld_alpha=None, aux_loss_enabled=False,
-                precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=kinds, beta=BETA, use_weighting=False,
-                loss_weights=weights or [1.0], label_smoothing=EPSILON, _metrics={"train": defaultdict(list)},
-                _total_train_tokens=0, _tp_size=1)
+                precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=kinds, beta=BETA,
+                use_weighting=False, loss_weights=weights or [1.0], label_smoothing=EPSILON,
+                _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1)
             outputs = SimpleNamespace(log_probs=policy, entropy=policy.detach() * 0, mean_logits=policy.detach(),
                                       is_top1=mask)
             completion = torch.cat((torch.zeros(10, 1, dtype=torch.long), mask.long()), 1)
@@ -72,7 +74,8 @@ def old_losses():
         stub = SimpleNamespace(accelerator=accelerator(), beta=beta, label_smoothing=0.0, loss_type=kind, alpha=0.0,
                                simpo_gamma=GAMMA)
         norm = n if per_token else 1
-        return lambda policy: CPOTrainer.cpo_loss(stub, (policy.sum(1) / norm)[:5], (policy.sum(1) / norm)[5:])[0].mean()
+        return lambda policy: CPOTrainer.cpo_loss(stub, (policy.sum(1) / norm)[:5],
+                                                  (policy.sum(1) / norm)[5:])[0].mean()
 
     def orpo(policy):
         stub = SimpleNamespace(accelerator=accelerator(), beta=BETA)
@@ -84,9 +87,9 @@ def old_losses():
                                desirable_weight=1.3, undesirable_weight=0.6)
         sums = policy.sum(1)
         return KTOTrainer.kto_loss(stub, sums[:5], sums[5:], mismatched, ref[:5], ref[5:], torch.zeros(5))[0].mean()
-    return {"dpo": dpo("sigmoid"), "cdpo": dpo("sigmoid", EPSILON), "robust": dpo("robust", EPSILON), "hinge": dpo("hinge"),
-            "ipo_sum": dpo("ipo"), "dpo_reference_free": dpo("sigmoid", free=True), "cpo": cpo("sigmoid", False),
-            "simpo": cpo("simpo", True, 2.0), "orpo": orpo, "kto": kto}
+    return {"dpo": dpo("sigmoid"), "cdpo": dpo("sigmoid", EPSILON), "robust": dpo("robust", EPSILON),
+            "hinge": dpo("hinge"), "ipo_sum": dpo("ipo"), "dpo_reference_free": dpo("sigmoid", free=True),
+            "cpo": cpo("sigmoid", False), "simpo": cpo("simpo", True, 2.0), "orpo": orpo, "kto": kto}
 
 
 def evaluate(loss):

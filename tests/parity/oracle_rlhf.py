@@ -1,7 +1,7 @@
 """
 What the installed trl says about reward models and policies, on fixed numbers; see oracle_dpo.py. As a script it writes
-tests/golden/rlhf.json: GRPO's family, RLOO and the reward model by trl 1.16.0, PPO's helpers by trl 0.24.0, whose trainer
-computes them inside one long function: the lines are taken from its source.
+tests/golden/rlhf.json: GRPO's family, RLOO and the reward model by trl 1.16.0, PPO's helpers by trl 0.24.0, whose
+trainer computes them inside one long function: the lines are taken from its source.
 """
 import inspect
 import json
@@ -24,8 +24,9 @@ def inputs():
     mask = (torch.arange(LONGEST) < torch.tensor(LENGTHS)[:, None]).double()
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     old = -draw(8, LONGEST).abs() * mask
-    return dict(mask=mask, old=old, policy=(old + 0.3 * draw(8, LONGEST)) * mask, ref=(old + 0.3 * draw(8, LONGEST)) * mask,
-                advantages=draw(8), scores=draw(8), values=draw(8, LONGEST) * mask, rewards=draw(8, LONGEST) * mask,
+    return dict(mask=mask, old=old, policy=(old + 0.3 * draw(8, LONGEST)) * mask,
+                ref=(old + 0.3 * draw(8, LONGEST)) * mask, advantages=draw(8), scores=draw(8),
+                values=draw(8, LONGEST) * mask, rewards=draw(8, LONGEST) * mask,
                 new_values=draw(8, LONGEST) * mask, margin=draw(4).abs())
 
 
@@ -34,7 +35,8 @@ def stub(**more):
     accelerator = SimpleNamespace(reduce=same, gather=same, gather_for_metrics=same, num_processes=1, device="cpu",
                                   sync_gradients=True)
     return SimpleNamespace(accelerator=accelerator, model=SimpleNamespace(training=True), aux_loss_enabled=False,
-                           _metrics=defaultdict(lambda: defaultdict(list)), current_gradient_accumulation_steps=1, **more)
+                           _metrics=defaultdict(lambda: defaultdict(list)),
+                           current_gradient_accumulation_steps=1, **more)
 
 
 def completions(mask):
@@ -50,18 +52,19 @@ def new_losses():
     def grpo(kind, level="token", beta=0.0, ratio=False, high=CLIP):
         def loss(policy):
             self = stub(_get_per_token_logps_and_entropies=lambda *a, **k: (policy, policy.detach() * 0, None),
-                        top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level=level, beta=beta,
+                        top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level=level,
+                        beta=beta,
                         args=SimpleNamespace(use_bias_correction_kl=ratio, delta=None, steps_per_generation=1),
-                        epsilon_low=CLIP, epsilon_high=high, loss_type=kind, use_vllm=False, max_completion_length=LONGEST,
-                        _entropy_bonus_enabled=False)
+                        epsilon_low=CLIP, epsilon_high=high, loss_type=kind, use_vllm=False,
+                        max_completion_length=LONGEST, _entropy_bonus_enabled=False)
             batch = completions(x["mask"]) | dict(advantages=x["advantages"], old_per_token_logps=x["old"],
                                                   ref_per_token_logps=x["ref"], num_items_in_batch=x["mask"].sum())
             return GRPOTrainer._compute_loss(self, None, batch)
         return loss
 
     def rloo(policy):
-        self = stub(_get_per_token_logps_and_entropies=lambda *a, **k: (policy, policy.detach() * 0, None), epsilon_low=CLIP,
-                    epsilon_high=CLIP)
+        self = stub(_get_per_token_logps_and_entropies=lambda *a, **k: (policy, policy.detach() * 0, None),
+                    epsilon_low=CLIP, epsilon_high=CLIP)
         batch = completions(x["mask"]) | dict(advantages=x["advantages"], old_logps=x["old"].sum(1))
         return RLOOTrainer._compute_loss(self, None, batch)
 
@@ -90,15 +93,17 @@ def old_ppo():
     def run(start, end, **names):
         first, last = (source.rindex("\n", 0, source.index(mark)) + 1 for mark in (start, end))
         code = textwrap.dedent(source[first:last])
-        space = dict(torch=torch, masked_mean=masked_mean, masked_whiten=masked_whiten, args=args, empty_cache=lambda: None, **names)
+        space = dict(torch=torch, masked_mean=masked_mean, masked_whiten=masked_whiten, args=args,
+                     empty_cache=lambda: None, **names)
         exec(code, space)
         return space
-    g = run("# 6. compute advantages", "# Do multiple epochs", rewards=x["rewards"], values=x["values"], responses=x["mask"],
-            padding_mask=padded)
+    g = run("# 6. compute advantages", "# Do multiple epochs", rewards=x["rewards"], values=x["values"],
+            responses=x["mask"], padding_mask=padded)
     everything = slice(None)
-    losses = run("vpredclipped = torch.clamp(", "accelerator.backward(loss)", vpred=x["new_values"], mb_values=x["values"],
-                 mb_return=g["returns"], padding_mask=padded, padding_mask_p1=padded, micro_batch_inds=everything,
-                 new_logprobs=x["policy"], mb_logprobs=x["old"], mb_advantage=g["advantages"])
+    losses = run("vpredclipped = torch.clamp(", "accelerator.backward(loss)", vpred=x["new_values"],
+                 mb_values=x["values"], mb_return=g["returns"], padding_mask=padded, padding_mask_p1=padded,
+                 micro_batch_inds=everything, new_logprobs=x["policy"], mb_logprobs=x["old"],
+                 mb_advantage=g["advantages"])
     keep = masked_whiten(x["rewards"], ~padded, shift_mean=False).masked_fill(padded, 0)
     return {"advantages": g["advantages"], "returns": g["returns"] * x["mask"], "whiten_keep_mean": keep,
             "policy_loss": losses["pg_loss"], "value_loss": losses["vf_loss"]}

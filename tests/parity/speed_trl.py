@@ -1,12 +1,13 @@
 """
-Samples a second and peak memory of dpo.py and rlhf.py beside trl's trainers on the same model, data and device, in one run:
+Samples a second and peak memory of dpo.py and rlhf.py beside trl's trainers on the same model, data and device, in
+one run:
 
     python tests/parity/speed_trl.py dpo --init SmolLM2-135M-Instruct --input hh_harmless_base.jsonl.gz
     python tests/parity/speed_trl.py grpo --init SmolLM2-135M-Instruct
 
-dpo: steps of --batch pairs, reference log-probabilities precomputed by both. grpo: iterations of --prompts x --group answers of
---max_new_tokens tokens to arithmetic prompts, generation by each one's own engine (trl's by transformers). Without trl our
-own figures are printed alone. The last line is one JSON object.
+dpo: steps of --batch pairs, reference log-probabilities precomputed by both. grpo: iterations of --prompts x --group
+answers of --max_new_tokens tokens to arithmetic prompts, generation by each one's own engine (trl's by transformers).
+Without trl our own figures are printed alone. The last line is one JSON object.
 """
 import argparse
 import json
@@ -40,8 +41,8 @@ def timed(device, steps, step):
 
 
 def our_dpo(args, rows, process):
-    flags = dpo.get_args(["--data", "pairs", "--input", args.input, "--init", args.init, "--device", args.device, "--lr", "1e-6",
-                          "--sft_weight", "0", "--block_size", str(args.max_length)])
+    flags = dpo.get_args(["--data", "pairs", "--input", args.input, "--init", args.init, "--device", args.device,
+                          "--lr", "1e-6", "--sft_weight", "0", "--block_size", str(args.max_length)])
     model, tokenizer = dpo.load_policy(flags, process)
     if process.device.type == "cuda":
         model.compile_parts()
@@ -53,7 +54,8 @@ def our_dpo(args, rows, process):
     part = lambda i: slice(i * n % (len(examples) - n), i * n % (len(examples) - n) + n)
     model.train()
     tokens = sum(len(e.prompt) * 2 + sum(map(len, e.responses)) for e in examples) / len(examples) * n
-    return (*timed(process.device, args.steps, lambda i: trainer.step(examples[part(i)], refs[part(i)], [None] * n)), tokens)
+    step = lambda i: trainer.step(examples[part(i)], refs[part(i)], [None] * n)
+    return (*timed(process.device, args.steps, step), tokens)
 
 
 def trl_dpo(args, rows, device):
@@ -66,10 +68,11 @@ def trl_dpo(args, rows, device):
     listed = [{"prompt": r["messages"], "chosen": [{"role": "assistant", "content": r["ranked"][0]}],
                "rejected": [{"role": "assistant", "content": r["ranked"][1]}]} for r in rows]
     accumulate = max(1, args.batch // args.trl_micro_batch)
-    config = DPOConfig(output_dir="/tmp/trl_speed", report_to=[], max_steps=args.steps + 2, max_length=args.max_length, bf16=bf16,
-                       per_device_train_batch_size=args.trl_micro_batch, gradient_accumulation_steps=accumulate, learning_rate=1e-6,
-                       precompute_ref_log_probs=True, use_cpu=device.type == "cpu", logging_steps=10 ** 6, save_strategy="no",
-                       disable_tqdm=True, gradient_checkpointing=False)
+    config = DPOConfig(output_dir="/tmp/trl_speed", report_to=[], max_steps=args.steps + 2, max_length=args.max_length,
+                       bf16=bf16, per_device_train_batch_size=args.trl_micro_batch,
+                       gradient_accumulation_steps=accumulate, learning_rate=1e-6, precompute_ref_log_probs=True,
+                       use_cpu=device.type == "cpu", logging_steps=10 ** 6, save_strategy="no", disable_tqdm=True,
+                       gradient_checkpointing=False)
     trainer = DPOTrainer(model, args=config, train_dataset=Dataset.from_list(listed), processing_class=tokenizer)
     return (*clocked(trainer, device, args.steps), 0)
 
@@ -92,9 +95,9 @@ def clocked(trainer, device, steps):
 
 
 def our_grpo(args, process):
-    flags = rlhf.get_args(["--algo", "grpo", "--task", "arithmetic", "--init", args.init, "--device", args.device, "--prompts",
-                           str(args.prompts), "--group", str(args.group), "--max_new_tokens", str(args.max_new_tokens), "--lr",
-                           "1e-6", "--missing_end", "none"])
+    flags = rlhf.get_args(["--algo", "grpo", "--task", "arithmetic", "--init", args.init, "--device", args.device,
+                           "--prompts", str(args.prompts), "--group", str(args.group),
+                           "--max_new_tokens", str(args.max_new_tokens), "--lr", "1e-6", "--missing_end", "none"])
     tasks = list(arithmetic.problems("train", 4096))
     tokenizer = Tokenizer.from_pretrained(args.init)
     flags.micro_batch = args.micro_batch
@@ -120,11 +123,13 @@ def trl_grpo(args, device):
     tokenizer = AutoTokenizer.from_pretrained(args.init, padding_side="left")
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": t["prompt"]}], "answer": t["answer"]}
                               for t in arithmetic.problems("train", 4096)])
-    right = lambda completions, answer, **k: [float(data.is_right(c[0]["content"], a)) for c, a in zip(completions, answer)]
+    right = lambda completions, answer, **k: [float(data.is_right(c[0]["content"], a))
+                                              for c, a in zip(completions, answer)]
     config = GRPOConfig(output_dir="/tmp/trl_speed", report_to=[], max_steps=args.steps + 2, bf16=device.type == "cuda",
-                        per_device_train_batch_size=args.prompts * args.group, num_generations=args.group, loss_type="grpo",
-                        max_completion_length=args.max_new_tokens, learning_rate=1e-6, beta=0.0, use_cpu=device.type == "cpu",
-                        logging_steps=10 ** 6, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False)
+                        per_device_train_batch_size=args.prompts * args.group, num_generations=args.group,
+                        loss_type="grpo", max_completion_length=args.max_new_tokens, learning_rate=1e-6, beta=0.0,
+                        use_cpu=device.type == "cpu", logging_steps=10 ** 6, save_strategy="no", disable_tqdm=True,
+                        gradient_checkpointing=False)
     model = AutoModelForCausalLM.from_pretrained(args.init, dtype=torch.float32)
     trainer = GRPOTrainer(model, reward_funcs=right, args=config, train_dataset=rows, processing_class=tokenizer)
     return (*clocked(trainer, device, args.steps), 0)
@@ -149,9 +154,11 @@ def main():
     process = setup_process(args.device)
     assert isinstance(process, Process)
     found = {}
-    rows = data.read_preferences(args.input, strict=False)[:args.batch * (args.steps + 3)] if args.what == "dpo" else None
+    pairs = args.batch * (args.steps + 3)
+    rows = data.read_preferences(args.input, strict=False)[:pairs] if args.what == "dpo" else None
     mine = (lambda: our_dpo(args, rows, process)) if args.what == "dpo" else (lambda: our_grpo(args, process))
-    theirs = (lambda: trl_dpo(args, rows, process.device)) if args.what == "dpo" else (lambda: trl_grpo(args, process.device))
+    theirs = ((lambda: trl_dpo(args, rows, process.device)) if args.what == "dpo"
+              else (lambda: trl_grpo(args, process.device)))
     samples = args.batch if args.what == "dpo" else args.prompts * args.group
     tokens = 0
     for name, run in (("ours", mine), ("trl", theirs)):
@@ -161,7 +168,8 @@ def main():
             print(f"{name}: {error}")
             continue
         tokens = tokens or mean
-        found[name] = {"seconds": seconds, "samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds, "peak_memory": memory}
+        found[name] = {"seconds": seconds, "samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds,
+                       "peak_memory": memory}
         print(name, found[name], flush=True)
         if process.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -43,8 +43,9 @@ def llama(tmp_path_factory):
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<", eos_token=">", unk_token="<")
     config = LlamaConfig(vocab_size=len(vocab), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, attn_implementation="eager",
-                         initializer_range=0.3, pad_token_id=0, eos_token_id=1, bos_token_id=None, tie_word_embeddings=False)
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                         attn_implementation="eager", initializer_range=0.3, pad_token_id=0, eos_token_id=1,
+                         bos_token_id=None, tie_word_embeddings=False)
     folder = tmp_path_factory.mktemp("llama")
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
@@ -55,8 +56,8 @@ def llama(tmp_path_factory):
 def some_examples(kto=False):
     rng = random.Random(1)
     ids = lambda n: [rng.randrange(2, 40) for _ in range(n)]
-    return [dpo.Example(ids(rng.randint(2, 8)), [ids(rng.randint(1, 8)) + [1] for _ in range(2 - kto)], float(i % 2) if kto else 1.0)
-            for i in range(5)]
+    return [dpo.Example(ids(rng.randint(2, 8)), [ids(rng.randint(1, 8)) + [1] for _ in range(2 - kto)],
+                        float(i % 2) if kto else 1.0) for i in range(5)]
 
 
 def ours(folder, examples, refs, mismatched, *flags):
@@ -92,15 +93,16 @@ def trainer_kwargs(tmp_path):
 
 
 @pytest.mark.parametrize("kind,flags", [
-    ("sigmoid", ["--loss", "dpo", "--sft_weight", 0]), ("hinge", ["--loss", "hinge"]), ("ipo", ["--loss", "ipo", "--beta", 0.3]),
-    ("robust", ["--loss", "robust"]), ("sigmoid_norm", ["--loss", "dpo", "--length_normalize", "--sft_weight", 0]),
+    ("sigmoid", ["--loss", "dpo", "--sft_weight", 0]), ("hinge", ["--loss", "hinge"]),
+    ("ipo", ["--loss", "ipo", "--beta", 0.3]), ("robust", ["--loss", "robust"]),
+    ("sigmoid_norm", ["--loss", "dpo", "--length_normalize", "--sft_weight", 0]),
     (["sigmoid", "sft"], ["--loss", "dpo", "--sft_weight", 0.7])])
 def test_dpo_trainer(llama, tmp_path, kind, flags):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
     model, folder, tokenizer = llama
-    config = DPOConfig(**trainer_kwargs(tmp_path), loss_type=kind, beta=0.3 if kind == "ipo" else 0.1, label_smoothing=0.1,
-                       loss_weights=[1.0, 0.7] if isinstance(kind, list) else None)
+    config = DPOConfig(**trainer_kwargs(tmp_path), loss_type=kind, beta=0.3 if kind == "ipo" else 0.1,
+                       label_smoothing=0.1, loss_weights=[1.0, 0.7] if isinstance(kind, list) else None)
     rows = Dataset.from_list([{"prompt": "ab", "chosen": "cd", "rejected": "ef"}] * 5)
     trainer = DPOTrainer(model, copy.deepcopy(model), args=config, train_dataset=rows, processing_class=tokenizer)
     trainer.precompute_ref_logps = True
@@ -128,7 +130,8 @@ def test_trainers_without_a_reference(llama, tmp_path, name):
     examples, batch = some_examples(), {}
     for k, which in enumerate(("chosen", "rejected")):
         full = [e.prompt + e.responses[k] for e in examples]
-        batch |= {f"{which}_input_ids": padded(full, 0), f"{which}_attention_mask": padded([[1] * len(r) for r in full], 0),
+        batch |= {f"{which}_input_ids": padded(full, 0),
+                  f"{which}_attention_mask": padded([[1] * len(r) for r in full], 0),
                   f"{which}_labels": padded([[-100] * len(e.prompt) + e.responses[k] for e in examples], -100)}
     compare(trainer.compute_loss(model, batch), model, folder, examples, [[0.0, 0.0]] * 5, [None] * 5, "--loss", name)
 
@@ -147,10 +150,12 @@ def test_kto_trainer(llama, tmp_path):
 
     def arrays(groups, prefix):
         full = [p + r for p, (r,) in groups]
-        return {f"{prefix}input_ids": padded(full, 0), f"{prefix}attention_mask": padded([[1] * len(r) for r in full], 0),
+        return {f"{prefix}input_ids": padded(full, 0),
+                f"{prefix}attention_mask": padded([[1] * len(r) for r in full], 0),
                 f"{prefix}completion_mask": padded([[0] * len(p) + [1] * len(r) for p, (r,) in groups], 0)}
     batch = arrays([(e.prompt, e.responses) for e in examples], "") | arrays(wrong, "KL_") | dict(
         label=torch.tensor([e.p > 0.5 for e in examples]), ref_logps=torch.tensor([r[0] for r in refs]),
         ref_KL_logps=torch.tensor(wrong_refs))
     compare(trainer.compute_loss(trainer.model, batch), model, folder, examples, refs,
-            [(g, [r]) for g, r in zip(wrong, wrong_refs)], "--loss", "kto", "--weight_liked", 1.3, "--weight_disliked", 0.6)
+            [(g, [r]) for g, r in zip(wrong, wrong_refs)], "--loss", "kto",
+            "--weight_liked", 1.3, "--weight_disliked", 0.6)

@@ -75,8 +75,8 @@ def test_a_layer_is_mixtrals_block_and_the_loss_its_loss(tmp_path, k):
 
 def test_a_model_trained_here_is_exported_to_the_family_that_can_say_it(tmp_path):
     plain = dict(M.LLAMA, vocab_size=300, block_size=64, n_layer=2, n_head=4, n_embd=48, n_hidden=96)
-    for settings, kind in ((dict(n_expert=4), "mixtral"), (dict(n_expert=4, expert_hidden=40, moe_every=2, qk_norm=True),
-                                                           "qwen3_moe"),
+    for settings, kind in ((dict(n_expert=4), "mixtral"),
+                           (dict(n_expert=4, expert_hidden=40, moe_every=2, qk_norm=True), "qwen3_moe"),
                            (dict(n_expert=4, router="switch", n_expert_active=1, qk_norm=True), "qwen3_moe"),
                            (dict(n_expert=4, router="gshard"), "mixtral")):
         assert M.to_hf_config(GPTConfig(**plain | settings))[0] == kind

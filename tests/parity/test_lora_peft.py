@@ -110,12 +110,14 @@ def test_lora_rslora_and_dora_equal_peft_and_load_here_and_back(peft, folders, s
     if style == "llama":  # the same numbers lie in the same places
         back = {n.replace(".default", "").removeprefix("base_model.model."): p.grad for n, p in model.named_parameters()
                 if p.grad is not None}
-        for name, place in (("blocks.1.mlp.up", "model.layers.1.mlp.up_proj"), ("blocks.0.attn.q", "model.layers.0.self_attn.q_proj")):
+        for name, place in (("blocks.1.mlp.up", "model.layers.1.mlp.up_proj"),
+                            ("blocks.0.attn.q", "model.layers.0.self_attn.q_proj")):
             m = ours.get_submodule(name)
             torch.testing.assert_close(m.lora_A.grad, back[f"{place}.lora_A.weight"], rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(m.lora_B.grad, back[f"{place}.lora_B.weight"], rtol=1e-4, atol=1e-6)
             if kind == "dora":
-                torch.testing.assert_close(m.lora_m.grad, back[f"{place}.lora_magnitude_vector.weight"], rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(m.lora_m.grad, back[f"{place}.lora_magnitude_vector.weight"],
+                                           rtol=1e-4, atol=1e-6)
     # and what we write, PEFT reads
     lora.save(tmp_path / "ours", ours, {"stage": "x"}, folders[style])
     again = peft.PeftModel.from_pretrained(theirs(folders[style]), tmp_path / "ours").eval()
@@ -189,11 +191,12 @@ def test_prompt_and_p_tuning_equal_peft(peft, folders, style, tmp_path):
             lora.apply(ours, lora.Adapter("ptuning", virtual_tokens=5))
             encoder = model.prompt_encoder.default
             ours.virtual.table.data.copy_(encoder.embedding.weight.data)
-            ours.virtual.encoder.load_state_dict({n: p for n, p in encoder.state_dict().items() if "embedding" not in n})
+            ours.virtual.encoder.load_state_dict({n: p for n, p in encoder.state_dict().items()
+                                                  if "embedding" not in n})
             model.zero_grad()
             compare(ours.eval(), model)
-            torch.testing.assert_close(ours.virtual.encoder.lstm_head.weight_hh_l0.grad, encoder.lstm_head.weight_hh_l0.grad,
-                                       rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(ours.virtual.encoder.lstm_head.weight_hh_l0.grad,
+                                       encoder.lstm_head.weight_hh_l0.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_prefix_tuning_with_and_without_mlp_equals_peft(peft, folders, style, tmp_path):

@@ -1,4 +1,4 @@
-"""The installed trl against the golden numbers of rlhf.py's tests, and its GRPO and reward trainers' own forward passes."""
+"""The installed trl against the golden numbers of rlhf.py's tests, and its GRPO and reward trainers' forward passes."""
 import json
 
 import pytest

@@ -14,8 +14,8 @@ CHATS = [[("user", "the cat?"), ("assistant", "sat on the mat.")],
          [("user", "cat"), ("assistant", "mat")],
          [("user", "the mat the mat the mat the mat"), ("assistant", "the cat the cat the cat")]]
 STYLES = {"llama": dict(norm="rmsnorm", act="swiglu", init="gpt2", qk_norm=False, embd_norm=False, n_kv_head=2),
-          "gpt2": dict(norm="layernorm", bias=True, tied=True, pos="learned", act="gelu_tanh", init="gpt2", qk_norm=False,
-                       embd_norm=False)}
+          "gpt2": dict(norm="layernorm", bias=True, tied=True, pos="learned", act="gelu_tanh", init="gpt2",
+                       qk_norm=False, embd_norm=False)}
 
 
 def examples(tokenizer):
@@ -37,7 +37,8 @@ def transformers_loss(model, chats):
     with torch.no_grad():
         for ids, mask in chats:
             ids, mask = torch.tensor(ids)[None], torch.tensor(mask)[None]
-            losses += model(input_ids=ids, labels=ids.masked_fill(mask == 0, -100)).loss * int(mask[:, 1:].sum()) / total
+            mean = model(input_ids=ids, labels=ids.masked_fill(mask == 0, -100)).loss
+            losses += mean * int(mask[:, 1:].sum()) / total
     return losses
 
 
@@ -78,7 +79,8 @@ def test_smollm2_packed_equals_transformers_unpacked(smollm2):
         assert ids.tolist() == AutoTokenizer.from_pretrained(smollm2).apply_chat_template(messages, return_dict=False)
     with torch.no_grad():
         total = sum(int(mask[1:].sum()) for _, mask in chats)
-        expected = sum(theirs(input_ids=(i := torch.tensor(ids)[None]), labels=i.masked_fill(torch.tensor(mask)[None] == 0, -100)).loss
+        expected = sum(theirs(input_ids=(i := torch.tensor(ids)[None]),
+                              labels=i.masked_fill(torch.tensor(mask)[None] == 0, -100)).loss
                        * int(mask[1:].sum()) / total for ids, mask in chats)
         model = GPT.from_pretrained(smollm2)
         batch = sft.to_device(data.lay_out(chats, data.pack([len(ids) - 1 for ids, _ in chats], 200), 200), True, "cpu")

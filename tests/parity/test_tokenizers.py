@@ -179,7 +179,8 @@ def families():
     yield "llama3", byte_level([cut(PATTERNS["llama3"]), bare])
     qwen = PATTERNS["llama3"].replace("{1,3}", "")
     yield "qwen2.5", byte_level([cut(qwen), bare], hf.normalizers.NFC())
-    words = r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    words = (r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+             r"|\s*[\r\n]+|\s+(?!\S)|\s+")
     yield "deepseek", byte_level([cut(r"\p{N}{1,3}"), cut("[一-龥\u3040-ゟ゠-ヿ]+"), cut(words), bare])
     yield "uncovered", byte_level([cut("[a-z]+"), bare])
 

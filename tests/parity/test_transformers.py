@@ -59,7 +59,8 @@ def saved(folder, kind, settings, **how):
     """A random model of theirs with every weight away from its initial value, in eval mode, and its folder."""
     tf = package("transformers")
     torch.manual_seed(0)
-    cls = {"GPT2": tf.GPT2LMHeadModel, "OpenAIGPT": tf.OpenAIGPTLMHeadModel}.get(kind) or getattr(tf, kind + "ForCausalLM")
+    cls = ({"GPT2": tf.GPT2LMHeadModel, "OpenAIGPT": tf.OpenAIGPTLMHeadModel}.get(kind)
+           or getattr(tf, kind + "ForCausalLM"))
     theirs = cls(getattr(tf, kind + "Config")(**settings)).eval()
     with torch.no_grad():
         for p in theirs.parameters():
@@ -180,8 +181,9 @@ def test_import_and_export_carry_the_tokenizer_and_its_chat_template(tmp_path):
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(), "qk_norm=True"), (dict(M.LLAMA, pos="t5"), "pos=t5"), (dict(M.GPT2, attn="strided", window=3), "attn_kinds"),
-    (dict(M.LLAMA, scalar_head=True), "scalar_head=True"), (dict(M.LLAMA, softcap=30.0), "softcap=30.0")])
+    (dict(), "qk_norm=True"), (dict(M.LLAMA, pos="t5"), "pos=t5"),
+    (dict(M.GPT2, attn="strided", window=3), "attn_kinds"), (dict(M.LLAMA, scalar_head=True), "scalar_head=True"),
+    (dict(M.LLAMA, softcap=30.0), "softcap=30.0")])
 def test_a_model_that_no_family_can_say_is_not_exported(tmp_path, settings, words):
     with pytest.raises(BadInput, match=words):
         M.save_hf(tmp_path / "hf", GPT(GPTConfig(**settings)))

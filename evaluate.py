@@ -413,6 +413,13 @@ class Question(NamedTuple):
 @reading
 def read_choices(where, row):
     """One multiple-choice row of any of the known sets."""
+    q = known_choices(where, row)
+    if not all(choice.strip() for choice in q.choices) or not any(label for _, label in q.right) or len(q.right) < 2:
+        raise ValueError("an empty choice, no two of them, or an answer that is none of them")
+    return q
+
+
+def known_choices(where, row):
     if "sentence_good" in row:  # BLiMP (Warstadt et al. 2020): the whole sentences compete
         return Question(where, "", (row["sentence_good"], row["sentence_bad"]), ((0, True), (1, False)))
     if "mc1_targets" in row:  # TruthfulQA (Lin et al. 2022)
@@ -438,8 +445,6 @@ def read_choices(where, row):
         choices = [" " + letter for letter in letters]
     else:
         context, choices, label = row["prompt"], row["choices"], row["answer"]
-    if not all(choices) or not 0 <= label < len(choices):
-        raise ValueError("an empty choice, or an answer that is none of them")
     return Question(where, context, tuple(choices), tuple((i, i == label) for i in range(len(choices))))
 
 
@@ -457,16 +462,23 @@ def read_answer(where, row):
 
 
 def is_right(text, answer):
-    """Does the text give the answer: GSM8K's by number, others letter by letter, with no word going on behind?"""
+    """
+    Does the text give the answer: GSM8K's by number, others letter by letter, with no word going on behind? Where the
+    answer ends in white space, the text may end instead.
+    """
     if "####" in answer:
-        return number(text) == number(answer)
-    text = text if answer[:1].isspace() else text.lstrip()
-    return re.match(re.escape(answer) + (r"(?!\w|[.,]\d)" if answer[-1:].isalnum() else ""), text) is not None
+        return number(answer) is not None and number(text) == number(answer)
+    text, word = text if answer[:1].isspace() else text.lstrip(), answer.rstrip()
+    end = "(?:" + re.escape(answer[len(word):]) + r"|\Z)" if word != answer else ""
+    end = end or (r"(?!\w|[.,]\d)" if word[-1:].isalnum() else "")
+    return re.match(re.escape(word) + end, text) is not None
 
 
 def swap(text, rng):
-    """Two letters inside a word change places, in one word of five."""
-    return re.sub(r"(\w)(\w)(\w)(\w)", lambda m: m[1] + m[3] + m[2] + m[4] if rng.random() < 0.2 else m[0], text)
+    """The second and the third letter of a word change places, in one word of five; numbers stay."""
+    def changed(m):
+        return m[1] + m[3] + m[2] + m[4] if rng.random() < 0.2 else m[0]
+    return re.sub(r"\b([^\W\d_])([^\W\d_])([^\W\d_])([^\W\d_])", changed, text)
 
 
 PERTURB = {
@@ -499,7 +511,9 @@ def load(source, read, args):
     questions = [read(*row) for row in read_rows(source, args.limit and args.limit + own)]
     solved, questions = questions[:own], questions[own:]
     if args.shots_from:
-        solved = [read(*row) for row in read_rows(args.shots_from)[:args.shots]]
+        solved = [read(*row) for row in read_rows(args.shots_from, args.shots)[:args.shots]]
+        if len(solved) < args.shots:
+            raise BadInput(f"--shots_from {args.shots_from} has {len(solved)} rows: lower --shots {args.shots}")
     if not questions:
         raise BadInput(f"--shots {args.shots} leaves no question to ask: lower it, or give --shots_from FILE")
     answers = [q.answer or next(q.choices[i] for i, right in q.right if right) for q in solved]

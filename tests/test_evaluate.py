@@ -275,6 +275,17 @@ def test_known_rows_are_read(name):
     assert [i for i, label in q.right if label] == [index]
 
 
+@pytest.mark.parametrize("row", [
+    {"prompt": "a", "choices": ["b", " "], "answer": 0}, {"prompt": "a", "choices": ["b", "c"], "answer": 2},
+    {"prompt": "a", "choices": ["b"], "answer": 0}, {"sentence_good": "a", "sentence_bad": ""},
+    {**ROWS["hellaswag"][0], "endings": ["is.", "[header]", "a", "b"]},
+    {"question": "q", "mc1_targets": {"choices": ["a", "b"], "labels": [0, 0]},
+     "mc2_targets": {"choices": ["a"], "labels": [1]}}])
+def test_a_row_without_two_choices_and_an_answer_is_refused(row):
+    with pytest.raises(E.BadInput, match="here is no row"):
+        E.read_choices("here", row)
+
+
 def test_truthfulqa_picks_among_mc1_and_weighs_mc2(run_dir, tmp_path):
     row = {"question": "Who?", "mc1_targets": {"choices": ["cat", "mat"], "labels": [1, 0]},
            "mc2_targets": {"choices": ["cat", "the cat", "mat"], "labels": [1, 1, 0]}}
@@ -310,7 +321,8 @@ def test_a_token_across_the_border_counts_with_the_choice(run_dir):
 @pytest.mark.parametrize("text, answer, right", [
     ("986\n12+", "986\n", True), ("9866", "986", False), ("986", "986", True), (" 986", "986", True),
     ("98.5", "98", False), ("98. So", "98", True), ("6 + 12 = 18\n#### 18", "2*9\n#### 18", True),
-    ("so $1,018.", "#### 1018", True), ("none", "#### 3", False), ("#### 7 or 8", "#### 7", True)])
+    ("so $1,018.", "#### 1018", True), ("none", "#### 3", False), ("#### 7 or 8", "#### 7", True),
+    ("986", "986\n", True), ("98", "986\n", False), ("986 ", "986\n", False), ("none", "#### none", False)])
 def test_what_counts_as_the_answer(text, answer, right):
     assert E.is_right(text, answer) is right
 
@@ -349,6 +361,14 @@ def test_perturbed_questions_keep_their_choices(run_dir, tmp_path):
     every = [metrics["q/accuracy"], *(metrics[f"q/accuracy_{name}"] for name in E.PERTURB)]
     assert metrics["q/robust"] <= min(every)
     assert E.PERTURB["case"]("The Cat", None) == "the cat"
+
+
+def test_careless_typing_never_changes_a_number():
+    class Always:
+        def random(self):
+            return 0.0
+    assert E.PERTURB["swap"]("What is 1234-5678, exactly?", Always()) == "Waht is 1234-5678, eaxctly?"
+    assert E.PERTURB["drop"]("1234-56=", Always()) == "1234-56="
 
 
 # The whole script
@@ -450,6 +470,7 @@ def test_the_probe_reports_a_random_model_and_the_majority(run_dir, tmp_path):
     ("--task text --stride 99", "--stride"), ("--task arithmetic=x", "positive number"), ("--limit -1", "--limit"),
     ("--task checks", "no question is known"),
     ("--task winrate={battle}", "two runs"), ("--task val", "tokenizer"), ("--init nowhere", "nowhere"),
+    ("--task answers={answer} --shots 2 --shots_from {answer}", "lower --shots"),
     ("--task answers={answer} --num_samples 2", "--temperature"), ("--task choices={one} --shots 3", "--shots 3")])
 def test_bad_input_is_one_sentence_and_status_two(run_dir, tmp_path, args, words):
     rows = {"long": [{"prompt": "a", "choices": ["the cat 你好 " * 40, "b"], "answer": 0}], "empty": [],

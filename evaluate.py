@@ -53,7 +53,7 @@ import data
 from bpe import BEGINS, BadInput, Tokenizer, chat_stops, cli, read_json, render_chat, replace_file
 from data import Figure, arithmetic, bios, number, read_rows, reading, share, stdlib
 from data import text as text_files
-from model import GPT, continuations, init_weights, newest_run, pad, setup_process, token_scores
+from model import GPT, RewardModel, continuations, init_weights, newest_run, pad, setup_process, token_scores
 
 # -----------------------------------------------------------------------------
 # Intervals
@@ -301,18 +301,18 @@ def windows(n, T, stride):
 
 @torch.inference_mode()
 def window_losses(model, ids, spans):
-    """Nats of each predicted token, a tensor for each of the windows `spans`."""
+    """Nats of each predicted token of ids (n,), an int64 array: a tensor for each of the windows `spans`."""
     hidden = model.trunk(pad([ids[start:end] for start, _, end in spans], model.device))
     x = torch.cat([row[done - start:end - start] for row, (start, done, end) in zip(hidden, spans)])
-    targets = torch.cat([torch.as_tensor(ids[done + 1:end + 1], dtype=torch.long) for _, done, end in spans])
+    targets = torch.from_numpy(np.concatenate([ids[done + 1:end + 1] for _, done, end in spans]))
     return (-token_scores(model, x, targets.to(model.device))[0]).split([end - done for _, done, end in spans])
 
 
 def perplexity(model, ids, window=0, stride=0, rows=8):
     """exp of the mean nats of ids[1:]; window 0: the model's context, stride 0: the window, no overlap."""
-    T = window or model.config.block_size
+    T, ids = window or model.config.block_size, np.asarray(ids, dtype=np.int64)
     spans = list(windows(len(ids), T, stride or T))
-    losses = [window_losses(model, list(map(int, ids)), spans[i:i + rows]) for i in range(0, len(spans), rows)]
+    losses = [window_losses(model, ids, spans[i:i + rows]) for i in range(0, len(spans), rows)]
     return math.exp(torch.cat([*itertools.chain(*losses)]).mean())
 
 
@@ -331,11 +331,14 @@ class Subject:
         self.start = [special[name] for name in BEGINS if name in special][:1]  # how a document begins
         self.run = read_json(run) if run.exists() else {}
         self.folder = self.init if self.run else Path("out", self.name)  # nobody else's folder is written to
-        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self.init.glob("*.safetensors")]
-        self.stamp = [str(init), args.dtype, sorted(files)]
-        self.tokens, self.seconds = 0, 0.0  # of what was asked now, not in an earlier run
+        places = [self.init, *(Path(base) for base in [self.run.get("base")] if base)]  # an adapter's weights are two
+        files = [file for p in places for file in ([p] if p.is_file() else p.glob("*.safetensors"))]
+        self.stamp = [str(init), args.dtype, sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)]
+        # what one forward pass reads; on a GPU it has to be enough to keep one busy
+        self.budget = args.forward_tokens or (65536 if self.model.device.type == "cuda" else 8192)
+        self.asked, self.seconds, self.cut = 0, 0.0, 0  # of what was asked now, not in an earlier run
+        self.device, self.written = device, {}  # for winrate
         self.known, self.log = {}, self.folder / "evaluate.jsonl"
-        self.folder.mkdir(parents=True, exist_ok=True)
         lines = self.log.read_text().splitlines() if args.resume and self.log.exists() else []
         for line in lines:
             with contextlib.suppress(ValueError):  # a crash cut it short
@@ -346,46 +349,70 @@ class Subject:
     def ask(self, kind, items, size, compute):
         """
         compute(list of items) -> their results, in batches of similar size: size(item) = (rows, length), and all
-        rows · longest stay below --forward_tokens. Results come in the items' order and are logged as they come.
+        rows · longest stay below --forward_tokens, or half of it as often as memory ends there. Results come in the
+        items' order and are logged as they come. kind and item: everything but the model that changes a result.
         """
         keys = [hashlib.sha256(json.dumps([self.stamp, kind, item]).encode()).hexdigest()[:24] for item in items]
         todo = list({key: i for i, key in enumerate(keys) if key not in self.known}.values())
-        todo.sort(key=lambda i: -size(items[i])[1])  # the longest first: what fits then always fits
-        started = time.time()
+        sizes = {i: size(items[i]) for i in todo}
+        todo.sort(key=lambda i: -sizes[i][1])  # the longest first: what fits then always fits
+        started, at = time.time(), 0
         with open(self.log, "a") as log:
-            while todo:
-                rows = np.cumsum([size(items[i])[0] for i in todo])
-                n = max(1, int((rows * size(items[todo[0]])[1] <= self.args.forward_tokens).sum()))
-                batch, todo = todo[:n], todo[n:]
-                self.tokens += sum(math.prod(size(items[i])) for i in batch)
-                for i, result in zip(batch, compute([items[i] for i in batch])):
+            while at < len(todo):
+                room = self.budget // max(1, sizes[todo[at]][1])
+                ends = itertools.accumulate(sizes[i][0] for i in todo[at:at + max(1, room)])
+                batch = todo[at:at + max(1, sum(rows <= room for rows in ends))]
+                rows = sum(sizes[i][0] for i in batch)
+                try:
+                    results = compute([items[i] for i in batch])
+                except torch.OutOfMemoryError:
+                    if len(batch) == 1:
+                        raise BadInput(f"the device's memory ends at one question of {rows} rows of "
+                                       f"{sizes[batch[0]][1]} tokens: give a smaller --dtype or --device cpu") from None
+                    self.budget = min(self.budget, rows * sizes[batch[0]][1]) // 2
+                    continue
+                for i, result in zip(batch, results):
                     self.known[keys[i]] = result
                     log.write(json.dumps([keys[i], result]) + "\n")
                 log.flush()
+                at, self.asked = at + len(batch), self.asked + rows
         self.seconds += time.time() - started
         return [self.known[key] for key in keys]
-
-    def prompt(self, context, shots=()):
-        """Ids of a question after solved ones, [(context, answer)]: as text, or with --chat as a conversation."""
-        if self.args.chat:
-            turns = [*itertools.chain(*shots), context]
-            return render_chat(self.tokenizer, [{"role": ("user", "assistant")[i % 2], "content": turn.strip()}
-                                                for i, turn in enumerate(turns)], generation=True)[0]
-        return self.start + self.tokenizer.encode(self.text(context, shots))
 
     def text(self, context, shots=()):
         solved = (question + answer for question, answer in shots)
         return "".join(s if s.endswith("\n") else s + "\n\n" for s in solved) + context
 
-    def group(self, where, context, shots, choices):
-        """[context ids, [choice ids, …]]: where a token spans the border it counts with the choices."""
-        T, prompt = self.model.config.block_size, self.prompt(context, shots)
+    def messages(self, context, shots=()):
+        return [{"role": ("user", "assistant")[i % 2], "content": turn.strip()}
+                for i, turn in enumerate([*itertools.chain(*shots), context])]
+
+    def prompt(self, context, shots=()):
+        """Ids of a question after solved ones, [(context, answer)]: as text, or with --chat as a conversation."""
         if self.args.chat:
-            rows = [prompt + self.tokenizer.encode(choice.strip()) for choice in choices]
-        else:
-            text = self.text(context, shots)
-            rows = [self.start + self.tokenizer.encode(text + choice) for choice in choices]
-        texts = [prompt, *rows]
+            return render_chat(self.tokenizer, self.messages(context, shots), generation=True)[0]
+        return self.start + self.tokenizer.encode(self.text(context, shots))
+
+    def groups(self, questions, shots=()):
+        """[context ids, [choice ids, …]] of each; where a token spans the border it counts with the choices."""
+        if self.args.chat:  # the answer as generation would write it, without the token that ends it
+            stops, found = chat_stops(self.tokenizer), []
+            for q in questions:
+                turns = self.messages(q.context, shots)
+                parts = [data.prompt_and_response(self.tokenizer, turns, choice.strip()) for choice in q.choices]
+                rows = [prompt + [i for i in answer if i not in stops] for prompt, answer in parts]
+                found.append(self.group(q.where, [parts[0][0], *rows]))
+            return found
+        found = []
+        for some in (questions[i:i + 256] for i in range(0, len(questions), 256)):  # tiktoken cuts many at once
+            texts = [self.text(q.context, shots) + choice for q in some for choice in ("", *q.choices)]
+            texts = iter(self.tokenizer.encode_batch(texts))
+            found += [self.group(q.where, [self.start + next(texts) for _ in ("", *q.choices)]) for q in some]
+        return found
+
+    def group(self, where, texts):
+        """texts: ids of the context and of the context with each choice."""
+        (prompt, *rows), T = texts, self.model.config.block_size
         shared = next((i for i, ids in enumerate(zip(*texts)) if len(set(ids)) > 1), min(map(len, texts)))
         shared = min(shared, *(len(row) - 1 for row in rows))
         if shared < 1:
@@ -394,7 +421,12 @@ class Subject:
         if longest > T:
             raise BadInput(f"{where} has a choice of {longest} tokens, longer than the model's context of {T}: "
                            "shorten it or leave the row out")
-        return [prompt[:shared][-(T + 1 - longest):], [row[shared:] for row in rows]]  # cut on the left
+        return [self.last(prompt[:shared], T + 1 - longest), [row[shared:] for row in rows]]
+
+    def last(self, ids, room):
+        """What fits into the model's context, cut on the left, as main tells."""
+        self.cut += len(ids) > room
+        return ids[-room:]
 
 
 # -----------------------------------------------------------------------------
@@ -522,9 +554,10 @@ def load(source, read, args):
 
 def scored(subject, kind, questions, shots):
     """The continuations' scores of each question, see continuations."""
-    groups = [subject.group(q.where, q.context, shots, q.choices) for q in questions]
-    return subject.ask([kind], groups, lambda g: (len(g[1]), len(g[0]) + max(map(len, g[1]))),
-                       lambda batch: continuations(subject.model, batch))
+    def size(group):
+        return len(group[1]), len(group[0]) + max(map(len, group[1]))
+    groups = subject.groups(questions, shots)
+    return subject.ask([kind], groups, size, lambda batch: continuations(subject.model, batch))
 
 
 def task_choices(subject, source, args):
@@ -561,15 +594,20 @@ def task_last_word(subject, source, args):
     return perturbed(measure, questions, args)
 
 
-def write_answers(subject, prompts, new, args, seeds=None):
-    """[text, log-probability of each token] for lists of ids; greedy unless --temperature."""
+def write_answers(subject, prompts, new, args):
+    """
+    [text, log-probability of each token] for lists of ids; greedy unless --temperature. Every answer has a stream of
+    random numbers of its own, else the luck of one would be the luck of all, and no interval would know.
+    """
     stop = chat_stops(subject.tokenizer) if args.chat else {subject.tokenizer.eot} - {None}
+    T = subject.model.config.block_size
 
     def compute(items):
         tokens, logp = subject.model.generate([p for p, _ in items], new, stop=stop, temperature=args.temperature,
                                               seed=[seed for _, seed in items])
         return [[subject.tokenizer.decode(t), [round(x, 4) for x in lp]] for t, lp in zip(tokens, logp)]
-    items = [[p, s] for p, s in zip(prompts, seeds or [args.seed] * len(prompts))]
+    seeds = ((args.seed * 0x9E3779B1 + i) & 0xFFFFFFFF if args.temperature else 0 for i in itertools.count())
+    items = [[subject.last(p, max(T - new, T // 2)), seed] for p, seed in zip(prompts, seeds)]
     kind = ["answers", new, args.temperature, sorted(stop)]
     return subject.ask(kind, items, lambda item: (1, len(item[0]) + new), compute)
 
@@ -585,8 +623,7 @@ def answered(subject, questions, shots, args, label):
         lengths = [len(subject.tokenizer.encode(q.answer)) for q in asked]
         worked = any("####" in q.answer for q in asked)
         new = args.max_new_tokens or (256 if worked else max(lengths) + 4)
-        texts = write_answers(subject, [subject.prompt(q.context, shots) for q in asked], new, args,
-                              [args.seed + i for _ in questions for i in range(n)])
+        texts = write_answers(subject, [subject.prompt(q.context, shots) for q in asked], new, args)
         right, confidence = [], []
         with open(args.texts or os.devnull, "a") as f:
             for q, (text, logp), length in zip(asked, texts, lengths):
@@ -652,13 +689,13 @@ def losses(subject, ids, label, args):
                        f"at most the model's context of {subject.model.config.block_size}")
     if len(ids) < 2:
         raise BadInput(f"{label} holds no text to predict: give a longer one")
-    ids, spell = list(map(int, ids)), subject.tokenizer.token_bytes()
-    text = np.frombuffer(b"".join(spell[i] for i in ids), np.uint8)
+    ids, spell = np.asarray(ids, dtype=np.int64), subject.tokenizer.token_bytes()
+    text = np.frombuffer(b"".join(map(spell.__getitem__, ids)), np.uint8)
     ink = ~np.isin(text, list(b" \t\n\r\v\f"))
     begun = np.r_[0, np.cumsum(ink & ~np.r_[False, ink[:-1]])]
-    end = np.cumsum([len(spell[i]) for i in ids])  # of each token, in the text
+    end = np.cumsum(np.array([*map(len, spell)])[ids])  # of each token, in the text
     spans = list(windows(len(ids), T, stride))
-    kind = ["windows", hashlib.sha256(np.array(ids).tobytes()).hexdigest()]
+    kind = ["windows", hashlib.sha256(ids.tobytes()).hexdigest()]
     nats = subject.ask(kind, spans, lambda span: (1, span[2] - span[0]),
                        lambda batch: [float(x.sum()) for x in window_losses(subject.model, ids, batch)])
     print(f"{subject.name}, {label}: {len(ids) - 1} tokens, each predicted once; window {T}, stride {stride}",
@@ -714,8 +751,7 @@ def task_samples(subject, source, args):
     rows = read_rows(source, args.limit) if source else []
     prompts = [subject.prompt(row["prompt"]) for _, row in rows] or [subject.start] * 32
     args = argparse.Namespace(**{**vars(args), "temperature": args.temperature or 1.0})
-    seeds = [args.seed + i for i in range(len(prompts))]
-    words = [text.split() for text, _ in write_answers(subject, prompts, args.max_new_tokens or 64, args, seeds)]
+    words = [text.split() for text, _ in write_answers(subject, prompts, args.max_new_tokens or 64, args)]
     figures = {f"distinct_{n}": distinct(words, n) for n in (1, 2, 3)}
     return figures | {"repetition_4": mean([*map(repetition, words)])}
 
@@ -810,77 +846,81 @@ JUDGE = ("Here are a request and two answers to it.\n\nRequest: {}\n\nAnswer A: 
          "Which answer is better, A or B? The better answer is")
 
 
-def make_judge(args, device):
-    """verdict(row, first answer, second answer) -> 1 the first is better, 0 the second, 0.5 neither."""
-    kind, _, where = (args.judge or "").partition("=")
+def parse_judge(text):
+    kind, _, where = (text or "").partition("=")
     if kind not in ("check", "human", "reward", "model") or (kind in ("reward", "model")) != bool(where):
         raise BadInput("--task winrate needs --judge check, human, reward=DIR or model=DIR")
-    judge = Subject(where, argparse.Namespace(**{**vars(args), "resume": True}), device) if where else None
-    if kind == "reward" and not judge.model.config.scalar_head:
-        raise BadInput(f"--judge reward={where} has no scalar head: give a reward model's run")
+    return kind, where
 
-    @torch.inference_mode()
-    def reward(row, answer):  # at the last token, as it was trained
-        turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}]
-        ids = render_chat(judge.tokenizer, turns)[0] if args.chat else judge.start + judge.tokenizer.encode(
-            row["prompt"] + answer)
-        return float(judge.model.scalars(pad([ids[-judge.model.config.block_size:]], device))[0, -1])
 
-    def preference(row, a, b):
-        asked = judge.group("a judged pair", JUDGE.format(row["prompt"], a.strip(), b.strip()), (), (" A", " B"))
-        return [score[0] for score in continuations(judge.model, [asked])[0]]
+def judge(pairs, args, log):
+    """[(row, first answer, second answer)] -> for each 1 where the first is better, 0 the second, 0.5 neither."""
+    kind, where = parse_judge(args.judge)
+    if kind == "check":
+        points = [(is_right(a, row["answer"]), is_right(b, row["answer"])) for row, a, b in pairs]
+    elif kind == "reward":
+        answers = [*dict.fromkeys((row["prompt"], answer) for row, *both in pairs for answer in both)]
+        reward = dict(zip(answers, RewardModel(where, log.device)(*zip(*answers))))
+        points = [(reward[row["prompt"], a], reward[row["prompt"], b]) for row, a, b in pairs]
+    elif kind == "model":
+        texts = [JUDGE.format(row["prompt"], a.strip(), b.strip()) for row, a, b in pairs]
+        questions = [Question("a judged pair", text, (" A", " B")) for text in texts]
+        referee = Subject(where, argparse.Namespace(**{**vars(args), "resume": True}), log.device)
+        points = [(a[0], b[0]) for a, b in scored(referee, "questions", questions, ())]
+    else:
+        points = [log.ask(["person"], [pair], lambda _: (1, 1), lambda pairs: [ask_person(*pairs[0])])[0]
+                  for pair in pairs]
+    return [(1 + (a > b) - (a < b)) / 2 for a, b in points]
 
-    def ask_person(row, a, b):
-        print(f"\n{row['prompt']}\n\n--- A\n{a}\n\n--- B\n{b}\n")
-        while True:
-            print("better: a, b or t (tie)? ", end="", flush=True)
-            line = sys.stdin.readline()
-            if not line:
-                raise BadInput("--judge human: the answers ended; go on with --resume")
-            if line.strip().lower() in ("a", "b", "t"):
-                return {"a": (1, 0), "b": (0, 1), "t": (0, 0)}[line.strip().lower()]
 
-    def verdict(row, a, b):
-        if kind == "check" and not isinstance(row.get("answer"), str):
-            raise BadInput("--judge check needs an answer in every row of the prompts")
-        a, b = {"check": lambda: (is_right(a, row["answer"]), is_right(b, row["answer"])),
-                "reward": lambda: (reward(row, a), reward(row, b)),
-                "model": lambda: preference(row, a, b), "human": lambda: ask_person(row, a, b)}[kind]()
-        return (1 + (a > b) - (a < b)) / 2
-    return verdict
+def ask_person(row, a, b):
+    print(f"\n{row['prompt']}\n\n--- A\n{a}\n\n--- B\n{b}\n")
+    while True:
+        print("better: a, b or t (tie)? ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            raise BadInput("--judge human: the answers ended; go on with --resume")
+        if line.strip().lower() in ("a", "b", "t"):
+            return {"a": (1, 0), "b": (0, 1), "t": (0, 0)}[line.strip().lower()]
+
+
+def read_prompts(source, args):
+    rows, keys = read_rows(source, args.limit), ["prompt", "answer"][:1 + (args.judge == "check")]
+    for where, row in rows:
+        for key in keys:
+            if not isinstance(row.get(key), str):
+                raise BadInput(f"{where} has no {key}, a text: every row needs one"
+                               + (" with --judge check" if key == "answer" else ""))
+    return [row for _, row in rows]
+
+
+def contestant(subject, source, args):
+    """One run's part in task_winrate: its answers, which outlive the model."""
+    prompts = [subject.prompt(row["prompt"]) for row in read_prompts(source, args)]
+    subject.written[source] = [text for text, _ in write_answers(subject, prompts, args.max_new_tokens or 64, args)]
+    return {}
 
 
 def task_winrate(subjects, source, args):
     """
-    Every two runs answer the same prompts; the judge sees each two answers in both orders (a person once, the
+    Every two runs have answered the same prompts; the judge sees each two answers in both orders (a person once, the
     order in turn). Writes --battles, and returns the share of prompts won, of verdicts that the order did not
     change, and the ratings.
     """
-    rows = read_rows(source, args.limit)
-    for where, row in rows:
-        if not isinstance(row.get("prompt"), str):
-            raise BadInput(f"{where} has no prompt: every row needs one")
-    verdict, figures, lines, log = make_judge(args, subjects[0].model.device), {}, [], subjects[0]
-    answers = []
-    for s in subjects:
-        prompts = [s.prompt(row["prompt"]) for _, row in rows]
-        answers.append([text for text, _ in write_answers(s, prompts, args.max_new_tokens or 64, args)])
-    for i, j in itertools.combinations(range(len(subjects)), 2):
-        won, same = [], []
-        for n, (_, row) in enumerate(rows):
-            orders = [(i, j), (j, i)] if args.judge != "human" else [(i, j) if n % 2 else (j, i)]
-            points = []
-            for a, b in orders:
-                item = [row, answers[a][n], answers[b][n]]
-                s, = log.ask(["verdict", args.judge], [item], lambda _: (1, 1), lambda items: [verdict(*items[0])])
-                points.append(s if a == i else 1 - s)
-                lines.append({"model_a": subjects[a].name, "model_b": subjects[b].name, "prompt": row["prompt"],
-                              "winner": {1: "model_a", 0: "model_b"}.get(s, "tie"), "answer_a": answers[a][n],
-                              "answer_b": answers[b][n], "judge": args.judge})
-            won.append([sum(points), len(points)])
-            same.append(len(set(points)) == 1)
-        pair = f"{subjects[i].name}_over_{subjects[j].name}"
-        figures |= {f"win_rate_{pair}": bootstrap(won), f"consistent_{pair}": share(same)}
+    rows, points, lines, figures = read_prompts(source, args), {}, [], {}
+    names, written = [s.name for s in subjects], [s.written[source] for s in subjects]
+    turns = [(a, b, n) for i, j in itertools.combinations(range(len(subjects)), 2) for n in range(len(rows))
+             for a, b in (((j, i), (i, j))[n % 2:][:1] if args.judge == "human" else ((i, j), (j, i)))]
+    verdicts = judge([(rows[n], written[a][n], written[b][n]) for a, b, n in turns], args, subjects[0])
+    for (a, b, n), s in zip(turns, verdicts):
+        points.setdefault((min(a, b), max(a, b)), {}).setdefault(n, []).append(s if a < b else 1 - s)
+        lines.append({"model_a": names[a], "model_b": names[b], "prompt": rows[n]["prompt"],
+                      "winner": {1: "model_a", 0: "model_b"}.get(s, "tie"), "answer_a": written[a][n],
+                      "answer_b": written[b][n], "judge": args.judge})
+    for (i, j), won in points.items():
+        figures[f"win_rate_{names[i]}_over_{names[j]}"] = mean([sum(p) / len(p) for p in won.values()])
+        if args.judge != "human":
+            figures[f"consistent_{names[i]}_over_{names[j]}"] = share([len({*p}) == 1 for p in won.values()])
     with replace_file(args.battles, "w") as f:
         f.writelines(json.dumps(line) + "\n" for line in lines)
     return figures | task_arena(None, args.battles, argparse.Namespace(**{**vars(args), "limit": 0}))
@@ -890,7 +930,7 @@ def task_winrate(subjects, source, args):
 # Probing
 
 
-def probe(model, train, test, n_classes, rank=8, steps=300, lr=0.002, rows=64, seed=0):
+def probe(model, train, test, n_classes, rank, steps, lr, rows=64, seed=0):
     """
     V-probing of Physics of Language Models (Allen-Zhu & Li 2023, 2024): is a label there, for a linear head to
     read, in a frozen model? Trained are the head on the last token's last hidden state and, so that the model may
@@ -998,7 +1038,7 @@ def get_args(argv=None):
     add("--rank", type=int, default=8, help="of the probe's change to the embedding")
     add("--steps", type=int, default=300, help="of training the probe")
     add("--lr", type=float, default=0.01, help="of the probe, falling to 0")
-    add("--forward_tokens", type=int, default=8192, help="tokens in one forward pass; lower it where memory ends")
+    add("--forward_tokens", type=int, default=0, help="tokens in one forward pass; 0: 65536 on a GPU, else 8192")
     add("--texts", help="JSONL file to which written answers are added")
     add("--json", help="file for the metrics, beside the run's evaluate.json")
     add("--resume", action="store_true", help="take the answers that the run's evaluate.jsonl already holds")
@@ -1023,6 +1063,13 @@ def label_of(name, source):
     return f"{name}{source or ''}" if made_by_code else Path(source).name.split(".")[0]
 
 
+def label_tasks(tasks):
+    """[(name, source, label)], the whole source in the label where two would have the same."""
+    short = [label_of(*task) for task in tasks]
+    return [(name, source, label if short.count(label) == 1 else f"{name}={source}" if source else name)
+            for (name, source), label in zip(tasks, short)]
+
+
 def show(results):
     """results: {run: {metric: Figure}}, as one table with a column for each run."""
     columns = [["metric", *dict.fromkeys(m for figures in results.values() for m in figures)]]
@@ -1033,13 +1080,20 @@ def show(results):
         print(metric.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:])), sep="   ")
 
 
-def summary(figures, args):
-    """Values by plain names, their intervals, and what they depend on."""
+def summary(figures, args, T=0):
+    """Values by plain names, their intervals, and what they depend on; T: the model's context."""
     rounded = {m: [round(x, 5) if math.isfinite(x) else None for x in figure] for m, figure in figures.items()}
-    settings = "limit", "shots", "chat", "window", "stride", "eval_tokens", "temperature", "seed", "dtype"
+    untold = "init", "task", "texts", "json", "battles", "resume", "device", "forward_tokens"
+    settings = {name: value for name, value in vars(args).items() if name not in untold}
+    settings["window"] = args.window or T
+    settings["stride"] = args.stride or settings["window"]
     return {**{metric: values[0] for metric, values in rounded.items()},
-            "intervals": {metric: values[1:] for metric, values in rounded.items()},
-            "settings": {name: getattr(args, name) for name in settings}}
+            "intervals": {metric: values[1:] for metric, values in rounded.items()}, "settings": settings}
+
+
+def speaks(run):
+    """Is it a language model? A reward model or a critic is read by its scalar head."""
+    return not run.get("config", {}).get("scalar_head")
 
 
 def write_json(path, metrics):
@@ -1053,48 +1107,55 @@ def main():
     device = setup_process(args.device).device
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    for name in "limit", "shots", "eval_tokens", "num_samples", "max_new_tokens", "window", "stride":
+    for name in "limit", "shots", "eval_tokens", "num_samples", "max_new_tokens", "window", "stride", "forward_tokens":
         if getattr(args, name) < 0:
             raise BadInput(f"--{name} {getattr(args, name)} is negative: give 0 or more")
-    for name in "forward_tokens", "orders", "rank", "steps":
+    for name in "orders", "rank", "steps":
         if getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: give 1 or more")
 
-    results, subjects = {}, []
+    results, subjects, contexts = {}, [], {}
     alone = bool(tasks) and all(name in WITHOUT_MODEL for name, _ in tasks)
-    inits = [] if alone else args.init or [str(newest_run())]
     many = any(name == "winrate" for name, _ in tasks)
-    if many and len(inits) < 2:
-        raise BadInput("--task winrate needs two runs or more: --init RUN RUN")
+    if many:
+        if len(args.init or ()) < 2:
+            raise BadInput("--task winrate needs two runs or more: --init RUN RUN")
+        parse_judge(args.judge)
+    inits = [] if alone else args.init or [newest_run(fits=speaks)]
     for init in inits:
         subject = Subject(init, args, device)
         if subject.name in results:  # another folder's run of that name
             subject.name = str(init)
-        subjects += [subject] * many  # winrate needs all of them at once
+        subjects += [subject] * many
         figures = results[subject.name] = {}
+        contexts[subject.name] = subject.model.config.block_size
         known = data.corpora(subject.run)
-        own = tasks or [("val", None), ("checks", None)] * bool(known) or [("text", None)]
-        for name, source in own:
-            if name == "winrate" or name in WITHOUT_MODEL:
+        for name, source, label in label_tasks(tasks or [("val", None), ("checks", None)] * bool(known)
+                                               or [("text", None)]):
+            if name in WITHOUT_MODEL:
                 continue
-            subject.tokens, subject.seconds = 0, 0.0
-            found = TASKS[name](subject, source, args)
-            label = "" if name in ("val", "checks") else f"{label_of(name, source)}/"
-            figures |= {label + metric: figure for metric, figure in found.items()}
-            if subject.tokens:
-                speed = f"{subject.seconds:.1f} s, {subject.tokens / subject.seconds:.0f} tokens/s"
-                print(f"{subject.name}, {label_of(name, source)}: {subject.tokens} tokens in {speed}", file=sys.stderr)
+            subject.asked, subject.seconds, subject.cut = 0, 0.0, 0
+            found = (contestant if name == "winrate" else TASKS[name])(subject, source, args)
+            prefix = "" if name in ("val", "checks") else f"{label}/"
+            figures |= {prefix + metric: figure for metric, figure in found.items()}
+            if subject.asked:  # a choice, an answer or a window is a row
+                speed = f"{subject.seconds:.1f} s, {subject.asked / subject.seconds:.1f} rows/s"
+                print(f"{subject.name}, {label}: {subject.asked} rows in {speed}", file=sys.stderr)
+            if subject.cut:
+                print(f"{subject.name}, {label}: {subject.cut} prompts are longer than the model's context and were "
+                      "cut on the left", file=sys.stderr)
         if figures:
-            write_json(subject.folder / "evaluate.json", summary(figures, args))
-    for name, source in tasks:
+            write_json(subject.folder / "evaluate.json", summary(figures, args, contexts[subject.name]))
+        subject.model = None  # one at a time has to fit into memory
+    for name, source, label in label_tasks(tasks):
         if name == "winrate" or name in WITHOUT_MODEL:
-            results[label_of(name, source)] = TASKS[name](subjects, source, args)
+            results[label if label not in contexts else f"{name}={source}"] = TASKS[name](subjects, source, args)
     results = {name: figures for name, figures in results.items() if figures}
     if not results:
         raise BadInput("no question is known about the data of this run: give --task text, or another of --help")
     show(results)
-    metrics = summary(next(iter(results.values())), args) if len(results) == 1 else {
-        "runs": {name: summary(figures, args) for name, figures in results.items()}}
+    metrics = {name: summary(figures, args, contexts.get(name, 0)) for name, figures in results.items()}
+    metrics = {"runs": metrics} if len(metrics) > 1 else next(iter(metrics.values()))
     if args.json:
         write_json(args.json, metrics)
     print(json.dumps(metrics))

@@ -1,7 +1,9 @@
 """The evaluation room as a specification: what each figure is, whatever the batch, the cache or the restart."""
+import gc
 import itertools
 import json
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -204,7 +206,7 @@ def test_window_losses_are_those_of_the_plain_forward(model):
     ids = torch.randint(0, 256, (150,), generator=torch.Generator().manual_seed(0))
     logp = model(ids[None, :64])[0].log_softmax(-1)[0]
     spans = list(E.windows(150, 64, 32))
-    losses = E.window_losses(model, ids.tolist(), spans)
+    losses = E.window_losses(model, ids.numpy(), spans)
     expected = -logp[:-1].gather(1, ids[1:64, None])[:, 0]
     assert (losses[0][:63] - expected).abs().max() < 1e-4
     assert E.perplexity(model, ids, stride=32) == pytest.approx(math.exp(torch.cat(losses).mean()), rel=1e-5)
@@ -294,7 +296,7 @@ def test_truthfulqa_picks_among_mc1_and_weighs_mc2(run_dir, tmp_path):
     args = E.get_args(["--dtype", "float32"])
     subject = E.Subject(run_dir, args, "cpu")
     q = E.read_choices("", row)
-    p = [math.exp(s[0]) for s in E.continuations(subject.model, [subject.group("", q.context, (), q.choices)])[0]]
+    p = [math.exp(s[0]) for s in E.continuations(subject.model, subject.groups([q]))[0]]
     by_name = dict(zip(q.choices, p))
     assert metrics["tqa/mc2"] == pytest.approx((by_name[" cat"] + by_name[" the cat"]) / sum(p), abs=1e-4)
     assert metrics["tqa/accuracy"] == float(by_name[" cat"] > by_name[" mat"])
@@ -307,14 +309,14 @@ def test_solved_questions_come_first_and_are_not_asked(run_dir, tmp_path):
     shots, asked = E.load(file, E.read_choices, args)
     assert shots == [("0+1=", "1"), ("1+1=", "2")] and [q.context for q in asked] == ["2+1=", "3+1="]
     subject = E.Subject(run_dir, args, "cpu")
-    ids, choices = subject.group("", asked[0].context, shots, asked[0].choices)
+    ids, choices = subject.groups(asked, shots)[0]
     assert subject.tokenizer.decode(ids[1:] + choices[0]) == "0+1=1\n\n1+1=2\n\n2+1=3"
 
 
 def test_a_token_across_the_border_counts_with_the_choice(run_dir):
     subject = E.Subject(run_dir, E.get_args(["--dtype", "float32"]), "cpu")
     whole = subject.tokenizer.encode("the cat")
-    context, (row,) = subject.group("", "the c", (), ("at",))
+    context, (row,) = subject.groups([E.Question("", "the c", ("at",))])[0]
     assert context + row == subject.start + whole
 
 
@@ -371,7 +373,118 @@ def test_careless_typing_never_changes_a_number():
     assert E.PERTURB["drop"]("1234-56=", Always()) == "1234-56="
 
 
+# Batches, memory and the log
+
+
+@pytest.fixture
+def subject(run_dir):
+    return E.Subject(run_dir, E.get_args(["--dtype", "float32"]), "cpu")
+
+
+def test_items_of_similar_length_go_together_within_the_budget(subject):
+    subject.budget, seen, sized = 40, [], []
+    items = [[n % 7 + 1, "x" * (n % 11 + 1)] for n in range(50)]
+
+    def size(item):
+        sized.append(item)
+        return item[0], len(item[1])
+
+    def compute(batch):
+        seen.append(batch)
+        return [item[0] for item in batch]
+    assert subject.ask(["k"], items, size, compute) == [rows for rows, _ in items]
+    assert len(sized) <= 50  # once each, or planning would take longer than asking
+    for batch in seen:
+        longest = max(len(text) for _, text in batch)
+        assert len(batch) == 1 or longest * sum(rows for rows, _ in batch) <= 40
+    assert [len(batch[0][1]) for batch in seen] == sorted((len(batch[0][1]) for batch in seen), reverse=True)
+
+
+def test_where_memory_ends_a_batch_is_halved(subject):
+    def compute(batch):
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError
+        return batch
+    items = [[i] for i in range(20)]
+    assert subject.ask(["k"], items, lambda item: (1, 8), compute) == items and subject.budget >= 8
+    with pytest.raises(E.BadInput, match="memory ends at one question"):
+        subject.ask(["l"], items, lambda item: (4, 8), lambda batch: compute([0] * 4))
+
+
+def test_one_model_at_a_time_is_in_memory(run_dir, tmp_path, monkeypatch):
+    loaded, load = [], GPT.from_pretrained
+
+    def from_pretrained(*args):
+        gc.collect()
+        assert not any(model() for model in loaded)
+        model = load(*args)
+        loaded.append(weakref.ref(model))
+        return model
+    monkeypatch.setattr(E.GPT, "from_pretrained", from_pretrained)
+    other, prompts = make_run(tmp_path / "other", seed=1), jsonl(tmp_path / "p.jsonl", [{"prompt": "the cat"}])
+    evaluate("--init", run_dir, other, "--task", f"winrate={prompts}", "samples", "--max_new_tokens", 3,
+             "--judge", f"model={run_dir}", "--battles", tmp_path / "b.jsonl")
+    assert len(loaded) == 3
+
+
+def test_every_answer_has_luck_of_its_own_and_a_greedy_one_needs_none(subject, monkeypatch):
+    seeds, args = [], E.get_args(["--temperature", "1"])
+    monkeypatch.setattr(subject.model, "generate", lambda prompts, new, seed, **_: (
+        seeds.append(seed) or ([[1]] * len(prompts), [[0.0]] * len(prompts))))
+    E.write_answers(subject, [[1, 2]] * 30, 4, args)
+    E.write_answers(subject, [[1, 2]] * 30, 4, E.get_args(["--temperature", "1", "--seed", "1"]))
+    assert len({*seeds[0], *seeds[1]}) == 60  # and another --seed draws others
+    E.write_answers(subject, [[1, 2]] * 30, 4, E.get_args([]))
+    assert seeds[2] == [0]
+
+
+def test_a_prompt_beyond_the_context_is_cut_and_told(run_dir, tmp_path):
+    rows = [{"prompt": "the cat " * 99, "answer": "x"}, {"prompt": "the", "answer": "x"}]
+    _, text = evaluate("--init", run_dir, "--task", f"answers={jsonl(tmp_path / 'a.jsonl', rows)}")
+    assert "a: 1 prompts are longer than the model's context" in text
+
+
+def test_choices_in_a_chat_stand_where_the_answer_would(run_dir):
+    subject = E.Subject(run_dir, E.get_args(["--dtype", "float32", "--chat"]), "cpu")
+    context, rows = subject.groups([E.Question("", "who?", (" the cat", " the mat"))])[0]
+    for row, word in zip(rows, ("the cat", "the mat")):
+        chat = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": word}]
+        whole, mask = E.render_chat(subject.tokenizer, chat)
+        assert context + row == whole[:sum(mask) + mask.index(1) - 1]  # all but the token that ends it
+
+
+def test_another_judge_of_the_same_name_is_asked_again(run_dir, subject, tmp_path, monkeypatch):
+    args = E.get_args(["--judge", f"model={tmp_path / 'judge'}", "--dtype", "float32", "--resume"])
+    asked, pairs = [], [({"prompt": "the cat"}, " sat", " mat")]
+    monkeypatch.setattr(E, "continuations", lambda model, groups: asked.append(1) or [[[-1.0, 1, 1], [-2.0, 1, 1]]])
+    for seed, times in (1, 1), (1, 1), (2, 2):
+        if len(asked) < times:
+            make_run(tmp_path / "judge", seed=seed)
+        assert E.judge(pairs, args, subject) == [1] and len(asked) == times
+
+
+def test_a_reward_model_judges_as_it_was_trained(run_dir, subject, tmp_path):
+    where = make_run(tmp_path / "rm", seed=3, scalar_head=True)
+    answers = ["sat", "mat on", "naïve", "986", "the cat"]
+    scores = E.RewardModel(where)(["the"] * 5, answers)
+    pairs = [({"prompt": "the"}, a, b) for a in answers for b in answers]
+    expected = [(1 + (x > y) - (x < y)) / 2 for x in scores for y in scores]
+    assert E.judge(pairs, E.get_args(["--judge", f"reward={where}"]), subject) == expected
+    assert not E.speaks(json.loads((where / "run.json").read_text()))
+
+
 # The whole script
+
+
+def test_files_of_one_name_keep_their_figures_apart_and_settings_say_the_window(run_dir, tmp_path):
+    files = []
+    for name, text in ("a", "the cat"), ("b", "naïve 你好"):
+        (tmp_path / name).mkdir()
+        files.append(tmp_path / name / "t.txt")
+        files[-1].write_text(text * 50)
+    metrics, _ = evaluate("--init", run_dir, "--task", *(f"text={file}" for file in files))
+    assert all(f"text={file}/loss" in metrics for file in files)
+    assert metrics["settings"]["window"] == metrics["settings"]["stride"] == 64
 
 
 def test_every_task_on_one_page_and_a_column_for_each_run(run_dir, tmp_path):
@@ -441,6 +554,7 @@ def test_two_runs_fight_in_both_orders_and_the_arena_reads_it(run_dir, tmp_path)
             assert metrics["consistent_run_over_other"] == 1
     metrics, _ = evaluate(*args, "--judge", "human", stdin="a\nwhat\nb\nt\n")  # orders change in turn
     rows = [json.loads(line) for line in battles.read_text().splitlines()]
+    assert "consistent_run_over_other" not in metrics
     assert [(r["model_a"], r["winner"]) for r in rows] == [("other", "model_a"), ("run", "model_b"),
                                                            ("other", "tie")]
 

@@ -129,7 +129,7 @@ def test_smollm2_has_the_perplexity_and_the_picks_of_transformers(smollm2, tmp_p
     scores = E.scored(subject, "questions", questions, ())
     batched, started = time.time() - started, time.time()
     for q, found in zip(questions, scores):
-        context, choices = subject.group(q.where, q.context, (), q.choices)
+        (context, choices), = subject.groups([q])
         with torch.no_grad():
             expected = [one_by_one(theirs, context, choice) for choice in choices]
         assert [s[0] for s in found] == pytest.approx(expected, abs=2e-3)

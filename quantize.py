@@ -989,8 +989,11 @@ def parse_row(text, args):
     return method, bits, group
 
 
-def table_row(text, init, args, device):
-    """One line of the table: the run in this form, written to a file, and measured as what is read from it."""
+def table_row(text, init, args, device, speed=None):
+    """
+    One line of the table: the run in this form, written to a file, and measured as what is read from it; its speed
+    and memory in a process of their own, unless they are given: they are the same for every run of one shape.
+    """
     from model import GPT
     model, run, tokenizer = load_float(init, device)
     ids = read_ids(init, run, tokenizer, args)
@@ -1014,6 +1017,8 @@ def table_row(text, init, args, device):
         row |= {"megabytes": round(size / 1e6, 3),
                 "perplexity": perplexity(model, ids["val"], args.window, args.stride)}
         del model
+        if speed:
+            return row | speed
         command = [sys.executable, __file__, "--measure", folder, "--device", str(device)]
         command += ["--dtype", text] if text in ("float32", "bfloat16") else []
         command += ["--compile"] if args.compile else []
@@ -1033,7 +1038,9 @@ def table(inits, args, device):
     print(f"{'method':12} {'bits':>4} {'group':>5} {'MB':>9} {'of bf16':>8} {'perplexity':>11} {'of float32':>17} "
           f"{'tokens/s':>9} {'of bf16':>8} {'peak MB':>8}")
     for text in args.rows:
-        new = [table_row(text, init, args, device) for init in inits]
+        new = [table_row(text, inits[0], args, device)]
+        speed = {key: new[0][key] for key in ("tokens_per_s", "peak_memory")}
+        new += [table_row(text, init, args, device, speed) for init in inits[1:]]
         rows += new
         mean = {key: statistics.mean(r[key] for r in new) for key in
                 ("megabytes", "perplexity", "tokens_per_s", "peak_memory")}
@@ -1178,10 +1185,10 @@ def bytes_read(model, cache):
 
 def bench(args, device):
     """Decoding, batch 1, of a preset with random weights: float against int8 and int4, in turns, medians."""
-    from model import GPT, init_weights, preset
-    whole = GPT(preset(args.bench))
-    init_weights(whole, args.seed)
-    whole = whole.to(device).eval()
+    from model import GPT, init_roughly, preset
+    with device:
+        whole = GPT(preset(args.bench)).eval()
+    init_roughly(whole, args.seed)
     group, steps = 32 if args.group is None else args.group, args.steps
 
     def variant(name):

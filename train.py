@@ -31,8 +31,8 @@ import data
 import moe
 from bpe import BadInput, cli, replace_file
 from model import (GPT, GPTConfig, PARALLEL, PRESETS, AdamW8bit, adamw_groups, all_reduce, check_layout,
-                   count_parameters, flops_per_token, init_weights, load_run, load_safetensors, meta_model, peak_flops,
-                   peak_memory, save_run, setup_process, shard, uniform, use_float8)
+                   count_parameters, flops_per_token, init_roughly, init_weights, load_run, load_safetensors, meta_model,
+                   peak_flops, peak_memory, save_run, setup_process, shard, uniform, use_float8)
 from quantize import use_qat
 
 # -----------------------------------------------------------------------------
@@ -161,8 +161,8 @@ def make_optimizers(model, args, device, capturable=False):
     head and vectors. Every trainable parameter is in exactly one group.
     """
     muon = args.optimizer == "muon"
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if muon else []
-    taken = {id(p) for p in matrices}
+    matrices = {n: p for n, p in model.blocks.named_parameters() if p.dim() == 2} if muon else {}
+    taken = {id(p) for p in matrices.values()}
     groups = [{**g, "params": [p for p in g["params"] if id(p) not in taken]}
               for g in adamw_groups(model, 0.0 if muon else args.weight_decay)]
 
@@ -171,8 +171,10 @@ def make_optimizers(model, args, device, capturable=False):
     optimizers = [OPTIMIZERS["adamw" if muon else args.optimizer]([g for g in groups if g["params"]], args,
                                                                   rate(args.adam_lr if muon else args.lr), capturable)]
     if matrices:
-        groups = [{"params": matrices, "weight_decay": args.weight_decay}]
-        optimizers.append(OPTIMIZERS["muon"](groups, args, rate(args.lr), capturable))
+        groups = [{"params": [p for n, p in matrices.items() if moe.is_expert(n) == expert], "lr": rate(lr),
+                   "weight_decay": args.weight_decay}
+                  for expert, lr in ((False, args.lr), (True, args.lr * args.expert_lr))]
+        optimizers.append(OPTIMIZERS["muon"]([g for g in groups if g["params"]], args, rate(args.lr), capturable))
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak_lr"] = float(group["lr"])
     held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
@@ -560,6 +562,7 @@ def get_args(argv=None):
     add("--optimizer", default="muon", choices=sorted(OPTIMIZERS))
     add("--lr", type=float, default=0.02, help="peak, of Muon's matrices or of everything")
     add("--adam_lr", type=float, default=0.01, help="peak, of embeddings, head and vectors beside Muon")
+    add("--expert_lr", type=float, default=1.0, help="factor on --lr for the experts' matrices under Muon")
     add("--schedule", default="linear", choices=sorted(SCHEDULES))
     add("--min_lr", type=float, help="share of the peak that the schedule ends at (default: cosine 0.1, others 0)")
     add("--warmup", type=int, default=20, help="steps")
@@ -733,14 +736,6 @@ def make_trainer(args, config, process, micro, accumulate, init):
     if device.type == "cuda" if args.compile is None else args.compile:
         model.compile_parts(args.compile_whole)
     return model, trainer, dtype
-
-
-@torch.no_grad()
-def init_roughly(model, seed, scale):
-    """Any weights of the right size, made where they lie: 7B of them take seconds instead of minutes."""
-    torch.manual_seed(seed)
-    for p in model.parameters():
-        p.normal_(0, 0.02 * scale) if p.dim() > 1 else p.fill_(1.0)
 
 
 def bench(args, process):

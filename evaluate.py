@@ -424,9 +424,19 @@ class Subject:
         return [self.last(prompt[:shared], T + 1 - longest), [row[shared:] for row in rows]]
 
     def last(self, ids, room):
-        """What fits into the model's context, cut on the left, as main tells."""
+        """What fits into the model's context, cut on the left, as report tells."""
         self.cut += len(ids) > room
         return ids[-room:]
+
+    def report(self, label):
+        """What was asked since the last report; a choice, an answer or a window is a row."""
+        if self.asked:
+            print(f"{self.name}, {label}: {self.asked} rows in {self.seconds:.1f} s, {self.asked / self.seconds:.1f} "
+                  "rows/s", file=sys.stderr)
+        if self.cut:
+            print(f"{self.name}, {label}: {self.cut} prompts longer than the model's context were cut on the left",
+                  file=sys.stderr)
+        self.asked, self.seconds, self.cut = 0, 0.0, 0
 
 
 # -----------------------------------------------------------------------------
@@ -452,6 +462,7 @@ def read_choices(where, row):
 
 
 def known_choices(where, row):
+    """The same, not yet checked."""
     if "sentence_good" in row:  # BLiMP (Warstadt et al. 2020): the whole sentences compete
         return Question(where, "", (row["sentence_good"], row["sentence_bad"]), ((0, True), (1, False)))
     if "mc1_targets" in row:  # TruthfulQA (Lin et al. 2022)
@@ -494,16 +505,11 @@ def read_answer(where, row):
 
 
 def is_right(text, answer):
-    """
-    Does the text give the answer: GSM8K's by number, others letter by letter, with no word going on behind? Where the
-    answer ends in white space, the text may end instead.
-    """
+    """Does the text give the answer: GSM8K's by number, others letter by letter, with no word going on behind?"""
     if "####" in answer:
         return number(answer) is not None and number(text) == number(answer)
-    text, word = text if answer[:1].isspace() else text.lstrip(), answer.rstrip()
-    end = "(?:" + re.escape(answer[len(word):]) + r"|\Z)" if word != answer else ""
-    end = end or (r"(?!\w|[.,]\d)" if word[-1:].isalnum() else "")
-    return re.match(re.escape(word) + end, text) is not None
+    text = text if answer[:1].isspace() else text.lstrip()
+    return re.match(re.escape(answer) + (r"(?!\w|[.,]\d)" if answer[-1:].isalnum() else ""), text) is not None
 
 
 def swap(text, rng):
@@ -613,7 +619,7 @@ def write_answers(subject, prompts, new, args):
 
 
 def answered(subject, questions, shots, args, label):
-    """Exact match of what the model writes; with --num_samples n > 1, pass@k for k = 1, 2, 4 … n."""
+    """Exact match of what the model writes; with --num_samples n > 1, pass@k for k = 1, 2, 4 … up to n."""
     n = args.num_samples or 1
     if n > 1 and not args.temperature:
         raise BadInput(f"--num_samples {n} answers of temperature 0 would all be the same: add --temperature 0.8")
@@ -628,7 +634,7 @@ def answered(subject, questions, shots, args, label):
         with open(args.texts or os.devnull, "a") as f:
             for q, (text, logp), length in zip(asked, texts, lengths):
                 text = text.split("\nQuestion:")[0]  # a new question of its own
-                right.append(is_right(text, q.answer))
+                right.append(is_right(text, q.answer.strip() if args.chat else q.answer))  # a turn has no line to end
                 confidence.append(math.exp(sum(logp[:length])))  # of as many tokens as the answer has
                 f.write(json.dumps({"run": subject.name, "task": label, "prompt": q.context, "prediction": text,
                                     "reference": q.answer}) + "\n")
@@ -746,10 +752,19 @@ def task_checks(subject, source, args):
     return figures
 
 
+def read_prompts(source, args, keys=("prompt",)):
+    rows = read_rows(source, args.limit)
+    for where, row in rows:
+        for key in keys:
+            if not isinstance(row.get(key), str):
+                raise BadInput(f"{where} has no {key}, a text: every row needs one")
+    return [row for _, row in rows]
+
+
 def task_samples(subject, source, args):
     """Of texts from nothing, or from prompts: how many different n-grams, and how much each says again."""
-    rows = read_rows(source, args.limit) if source else []
-    prompts = [subject.prompt(row["prompt"]) for _, row in rows] or [subject.start] * 32
+    rows = read_prompts(source, args) if source else []
+    prompts = [subject.prompt(row["prompt"]) for row in rows] or [subject.start] * 32
     args = argparse.Namespace(**{**vars(args), "temperature": args.temperature or 1.0})
     words = [text.split() for text, _ in write_answers(subject, prompts, args.max_new_tokens or 64, args)]
     figures = {f"distinct_{n}": distinct(words, n) for n in (1, 2, 3)}
@@ -857,7 +872,8 @@ def judge(pairs, args, log):
     """[(row, first answer, second answer)] -> for each 1 where the first is better, 0 the second, 0.5 neither."""
     kind, where = parse_judge(args.judge)
     if kind == "check":
-        points = [(is_right(a, row["answer"]), is_right(b, row["answer"])) for row, a, b in pairs]
+        known = [row["answer"].strip() if args.chat else row["answer"] for row, *_ in pairs]
+        points = [(is_right(a, answer), is_right(b, answer)) for (_, a, b), answer in zip(pairs, known)]
     elif kind == "reward":
         answers = [*dict.fromkeys((row["prompt"], answer) for row, *both in pairs for answer in both)]
         reward = dict(zip(answers, RewardModel(where, log.device)(*zip(*answers))))
@@ -867,6 +883,7 @@ def judge(pairs, args, log):
         questions = [Question("a judged pair", text, (" A", " B")) for text in texts]
         referee = Subject(where, argparse.Namespace(**{**vars(args), "resume": True}), log.device)
         points = [(a[0], b[0]) for a, b in scored(referee, "questions", questions, ())]
+        referee.report("the judge")
     else:
         points = [log.ask(["person"], [pair], lambda _: (1, 1), lambda pairs: [ask_person(*pairs[0])])[0]
                   for pair in pairs]
@@ -884,19 +901,10 @@ def ask_person(row, a, b):
             return {"a": (1, 0), "b": (0, 1), "t": (0, 0)}[line.strip().lower()]
 
 
-def read_prompts(source, args):
-    rows, keys = read_rows(source, args.limit), ["prompt", "answer"][:1 + (args.judge == "check")]
-    for where, row in rows:
-        for key in keys:
-            if not isinstance(row.get(key), str):
-                raise BadInput(f"{where} has no {key}, a text: every row needs one"
-                               + (" with --judge check" if key == "answer" else ""))
-    return [row for _, row in rows]
-
-
 def contestant(subject, source, args):
     """One run's part in task_winrate: its answers, which outlive the model."""
-    prompts = [subject.prompt(row["prompt"]) for row in read_prompts(source, args)]
+    rows = read_prompts(source, args, ("prompt", "answer") if args.judge == "check" else ("prompt",))
+    prompts = [subject.prompt(row["prompt"]) for row in rows]
     subject.written[source] = [text for text, _ in write_answers(subject, prompts, args.max_new_tokens or 64, args)]
     return {}
 
@@ -1114,6 +1122,13 @@ def main():
         if getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: give 1 or more")
 
+    if args.texts:
+        try:
+            Path(args.texts).parent.mkdir(parents=True, exist_ok=True)
+            open(args.texts, "a").close()
+        except OSError as error:
+            raise BadInput(f"--texts {args.texts} cannot be written ({error.strerror}): give another file") from None
+
     results, subjects, contexts = {}, [], {}
     alone = bool(tasks) and all(name in WITHOUT_MODEL for name, _ in tasks)
     many = any(name == "winrate" for name, _ in tasks)
@@ -1134,16 +1149,10 @@ def main():
                                                or [("text", None)]):
             if name in WITHOUT_MODEL:
                 continue
-            subject.asked, subject.seconds, subject.cut = 0, 0.0, 0
             found = (contestant if name == "winrate" else TASKS[name])(subject, source, args)
             prefix = "" if name in ("val", "checks") else f"{label}/"
             figures |= {prefix + metric: figure for metric, figure in found.items()}
-            if subject.asked:  # a choice, an answer or a window is a row
-                speed = f"{subject.seconds:.1f} s, {subject.asked / subject.seconds:.1f} rows/s"
-                print(f"{subject.name}, {label}: {subject.asked} rows in {speed}", file=sys.stderr)
-            if subject.cut:
-                print(f"{subject.name}, {label}: {subject.cut} prompts are longer than the model's context and were "
-                      "cut on the left", file=sys.stderr)
+            subject.report(label)
         if figures:
             write_json(subject.folder / "evaluate.json", summary(figures, args, contexts[subject.name]))
         subject.model = None  # one at a time has to fit into memory

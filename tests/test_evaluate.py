@@ -324,7 +324,7 @@ def test_a_token_across_the_border_counts_with_the_choice(run_dir):
     ("986\n12+", "986\n", True), ("9866", "986", False), ("986", "986", True), (" 986", "986", True),
     ("98.5", "98", False), ("98. So", "98", True), ("6 + 12 = 18\n#### 18", "2*9\n#### 18", True),
     ("so $1,018.", "#### 1018", True), ("none", "#### 3", False), ("#### 7 or 8", "#### 7", True),
-    ("986", "986\n", True), ("98", "986\n", False), ("986 ", "986\n", False), ("none", "#### none", False)])
+    ("986", "986\n", False), ("none", "#### none", False)])
 def test_what_counts_as_the_answer(text, answer, right):
     assert E.is_right(text, answer) is right
 
@@ -441,7 +441,15 @@ def test_every_answer_has_luck_of_its_own_and_a_greedy_one_needs_none(subject, m
 def test_a_prompt_beyond_the_context_is_cut_and_told(run_dir, tmp_path):
     rows = [{"prompt": "the cat " * 99, "answer": "x"}, {"prompt": "the", "answer": "x"}]
     _, text = evaluate("--init", run_dir, "--task", f"answers={jsonl(tmp_path / 'a.jsonl', rows)}")
-    assert "a: 1 prompts are longer than the model's context" in text
+    assert "a: 1 prompts longer than the model's context were cut" in text
+
+
+def test_an_answer_in_a_chat_ends_with_its_turn(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(E, "write_answers", lambda subject, prompts, *rest: [["986", [-0.1]]] * len(prompts))
+    rows = [{"prompt": "993-7=", "answer": "986\n"}, {"question": "993-7?", "answer": "986"}]
+    args = ["--init", run_dir, "--task", f"answers={jsonl(tmp_path / 'a.jsonl', rows)}", "--texts", tmp_path / "x/t"]
+    assert evaluate(*args, "--chat")[0]["a/accuracy"] == 1 and evaluate(*args)[0]["a/accuracy"] == 0
+    assert len((tmp_path / "x/t").read_text().splitlines()) == 4
 
 
 def test_choices_in_a_chat_stand_where_the_answer_would(run_dir):
@@ -583,6 +591,7 @@ def test_the_probe_reports_a_random_model_and_the_majority(run_dir, tmp_path):
     ("--task choices={battle}", "no row that this task reads"), ("--task judged={battle}", "true or false"),
     ("--task text --stride 99", "--stride"), ("--task arithmetic=x", "positive number"), ("--limit -1", "--limit"),
     ("--task checks", "no question is known"),
+    ("--task samples={battle}", "line 1 has no prompt"), ("--task samples --texts {one}/x", "--texts"),
     ("--task winrate={battle}", "two runs"), ("--task val", "tokenizer"), ("--init nowhere", "nowhere"),
     ("--task answers={answer} --shots 2 --shots_from {answer}", "lower --shots"),
     ("--task answers={answer} --num_samples 2", "--temperature"), ("--task choices={one} --shots 3", "--shots 3")])

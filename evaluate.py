@@ -84,8 +84,8 @@ def bootstrap(parts, f=ratio, resamples=1000, seed=0, centred=False):
 
 
 def mean(values):
-    """Of numbers in 0 … 1, (n,). Wilson's interval where all are 0 or all are 1, as no draw would differ there."""
-    return share(values) if set(values) in ({0}, {1}) else bootstrap([[v, 1] for v in values])
+    """Of numbers in 0 … 1, (n,); where each is 0 or 1, which is a share, Wilson's interval."""
+    return share(values) if set(values) <= {0, 1} else bootstrap([[v, 1] for v in values])
 
 
 # -----------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def nist_counts(predictions, references, order=5):
     for reference in itertools.chain(*references):
         count[()] += len(reference)
         for n in range(1, order + 1):
-            count += ngrams(reference, n)
+            count.update(ngrams(reference, n))
     for words, options in zip(predictions, references):
         found, best = [ngrams(words, n) for n in range(1, order + 1)], []
         for n, grams in enumerate(found, 1):
@@ -194,7 +194,7 @@ def distinct(texts, n):
     -> Figure
     """
     counts = [ngrams(text, n) for text in texts]
-    total = sum(counts, Counter())
+    total = Counter(itertools.chain.from_iterable(count.elements() for count in counts))
     types, tokens, m = len(total), max(1, total.total()), len(texts)
     left = [(types - sum(total[g] == k for g, k in c.items())) / max(1, tokens - c.total()) for c in counts]
     half = 1.959964 * math.sqrt((m - 1) * np.var(left)) if m > 1 else math.nan

@@ -567,6 +567,16 @@ def test_two_runs_fight_in_both_orders_and_the_arena_reads_it(run_dir, tmp_path)
                                                            ("other", "tie")]
 
 
+def test_a_person_goes_on_where_the_answers_ended(run_dir, tmp_path):
+    other, prompts = make_run(tmp_path / "other", seed=1), jsonl(tmp_path / "p.jsonl", [{"prompt": p} for p in "abc"])
+    args = ["--init", run_dir, other, "--task", f"winrate={prompts}", "--max_new_tokens", 4, "--judge", "human",
+            "--battles", tmp_path / "b.jsonl"]
+    assert "go on with --resume" in evaluate(*args, check=2, stdin="a\nb\n")[1]
+    metrics, text = evaluate(*args, "--resume", stdin="t\n")
+    assert text.count("better: a, b or t") == 1
+    assert metrics["win_rate_run_over_other"] == pytest.approx((0 + 0 + 0.5) / 3, abs=1e-4)  # other, run, other first
+
+
 def test_a_probe_reads_what_is_there_and_leaves_the_model_as_it_was(model):
     rng = np.random.default_rng(0)
     rows = [(ids.tolist(), int(ids[-1] % 2)) for ids in rng.integers(40, size=(600, 5))]

@@ -1315,7 +1315,8 @@ def continuations(model, groups):
     x = model.trunk(pad(contexts, model.device), cache=cache, prefix=lengths if model.config.prefix_lm else None)
     hidden = x[torch.arange(len(groups), device=x.device), lengths - 1][owner, None]  # predicts the first token
     if max(counts) > 1:
-        cache.k, cache.v, cache.pos, cache.even = cache.k[:, owner], cache.v[:, owner], lengths[owner], False
+        cache.k, cache.v, cache.pos = cache.k[:, owner], cache.v[:, owner], lengths[owner]
+        cache.even = cache.fused = False  # every batch has another length
         hidden = torch.cat([hidden, model.trunk(pad([row[:-1] for row in rows], model.device), cache=cache)], 1)
     there = (torch.arange(max(counts)) < torch.tensor(counts)[:, None]).to(x.device)
     logp, greedy = token_scores(model, hidden[there], torch.tensor([*itertools.chain(*rows)], device=x.device))
@@ -1404,6 +1405,7 @@ class KVCache:
         self.even = True  # all rows hold as many
         self.static = False  # always attend over the whole size: a recorded graph has one shape
         self.compiled = False  # decode with compiled blocks
+        self.fused = True  # attend by decode_attention's kernel, which is compiled for each number of new tokens
         # who sees whom among T new tokens: depth (T,) and (T, T) bool; a sequence unless `tree` says another
         self.tree, self.sequences = None, {}
 
@@ -1636,7 +1638,7 @@ class GPT(nn.Module):
         keys = keys if self.cp is None else len(self.in_order)
         flexible = device.type == "cuda" and cache is None and not (self.training and c.dropout) and not first
         flexible = flexible and c.head_dim >= 16  # the least that flex_attention takes
-        fused = not prefill and self.fuses(T) and not first
+        fused = not prefill and cache.fused and self.fuses(T) and not first
         vectors = fused and B * T <= VECTORS and not (self.training and c.dropout) and all(map(vectorizes, self.blocks))
         views = {} if fused else self.views(B, T, places, keys, doc_ids, prefix, None if prefill else cache, flexible)
 

@@ -501,11 +501,15 @@ def flash_attention(q, k, v, block=64):
     return torch.cat(rows, 2)
 
 
-@functools.cache
+FLEX = []  # what flex made; a compiled caller would look through functools.cache, with a warning
+
+
 def flex():
     """flex_attention and its block mask, compiled: masks and biases on a GPU without a (T, T) tensor."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
+    if not FLEX:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        FLEX.extend(torch.compile(f, dynamic=False) for f in (flex_attention, create_block_mask))
+    return FLEX
 
 
 # Keys and values (1, Hkv, P, D) that every query sees before the others, and its view of all P + S
@@ -761,7 +765,7 @@ def compiled_decode_block(vector):
 
 
 VECTORS = 8  # rows up to which
-TILE = 16384  # weights of a program
+TILE = 16384  # weights of a program, where they have 16 bits
 
 
 def early():
@@ -769,6 +773,11 @@ def early():
     able = not torch.compiler.is_compiling() and torch.cuda.is_available() and hasattr(tl.extra.cuda, "gdc_wait") \
         and torch.cuda.get_device_capability() >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
+
+
+@functools.cache
+def processors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def vector_product(x, *linears, norm=None, act="", residual=None):
@@ -782,16 +791,18 @@ def vector_product(x, *linears, norm=None, act="", residual=None):
     widths, bits, group = [f.out_features for f in linears], stored[0].bits, stored[0].group
     y = x.new_empty(M, widths[0] if gated else sum(widths))
     wide = triton.next_power_of_2(K)
-    rows = max(1, TILE // wide // (1 + gated))
+    rows, parts = max(1, TILE // wide // (1 + gated)), 1 if gated else len(linears)
+    for _ in range({8: 1, 4: 2}.get(bits, 0)):  # as many bytes of codes, while there is a program for each processor
+        rows *= 1 + (parts * max(widths) // (2 * rows) >= processors(x.device))
     three = lambda values: (list(values) + [values[0]] * 2)[:3]  # absent ones are never read
     given = lambda t, other: other if t is None else t
     gain, shift = (None, None) if norm is None else (norm.weight, norm.bias)
-    grid = triton.cdiv(max(widths), rows), 1 if gated else len(linears)
+    grid = triton.cdiv(max(widths), rows), parts
     triton_vector[grid](
         x, y, given(gain, x), given(shift, x), given(stored[0].stretch, x), given(residual, x),
         *three([s.weight for s in stored]), *three([given(f.bias, x) for f in linears]),
         *three([given(s.scale, x) for s in stored]), *three([given(s.zero, x) for s in stored]), *three(widths),
-        y.shape[1], 0.0 if norm is None else norm.eps, K=K, M=M, ROWS=rows, WIDE=wide, BITS=bits, GROUP=group or wide,
+        y.shape[1], 0x780000, 0.0 if norm is None else norm.eps, K=K, M=M, ROWS=rows, WIDE=wide, BITS=bits, GROUP=group or wide,
         NORM="" if norm is None else norm.normalize.__name__, GAIN=gain is not None, SHIFT=shift is not None,
         STRETCH=stored[0].stretch is not None, BIAS=linears[0].bias is not None, ZERO=stored[0].zero is not None,
         ACT=act, GATED=gated, RESIDUAL=residual is not None, num_warps=4, **early())
@@ -846,10 +857,11 @@ if triton is not None:
     @triton.jit
     def vector_weights(w, scale, zero, n, N, K: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
                        BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr):
-        """Rows n of the weights: (n, WIDE), or (n, WIDE / 2) bytes of two codes; scales and zeros (n, WIDE / GROUP)."""
-        packed: tl.constexpr = 2 if BITS == 4 else 1
-        k, at = tl.arange(0, WIDE // packed), n.to(tl.int64)
-        tile = tl.load(w + at[:, None] * (K // packed) + k[None, :], mask=(n < N)[:, None] & (k < K // packed)[None, :],
+        """Rows n of the weights: (n, WIDE), or (n, WIDE / 8) words of eight codes; scales and zeros (n, WIDE / GROUP)."""
+        many: tl.constexpr = 8 if BITS == 4 else 1
+        k, at = tl.arange(0, WIDE // many), n.to(tl.int64)
+        words = w.to(tl.pointer_type(tl.int32)) if BITS == 4 else w
+        tile = tl.load(words + at[:, None] * (K // many) + k[None, :], mask=(n < N)[:, None] & (k < K // many)[None, :],
                        other=0)
         g, groups = tl.arange(0, WIDE // GROUP), tl.cdiv(K, GROUP)
         there, place = (n < N)[:, None] & (g < groups)[None, :], at[:, None] * groups + g[None, :]
@@ -879,14 +891,40 @@ if triton is not None:
         return v
 
     @triton.jit
-    def vector_dot(tile, s, z, v, ROWS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+    def add_codes(sums, words, v, mask, at: tl.constexpr):
+        """
+        sums + v (1 + c / 16), c the code whose four bits begin at bit `at`: they become the first bits of a float's
+        mantissa by a shift and one logical instruction, where the conversion of an integer takes three. That
+        instruction has room for one constant, the exponent; so mask, where those bits lie, is none.
+        """
+        shift: tl.constexpr = 19 - at
+        bits = ((words << shift if shift >= 0 else words >> -shift) & mask) | 0x3F800000
+        return tl.fma(bits.to(tl.float32, bitcast=True), tl.broadcast_to(v[None, :], words.shape), sums)
+
+    @triton.jit
+    def vector_dot(tile, s, z, v, mask, ROWS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr,
+                   GROUP: tl.constexpr):
         """Those rows times v (WIDE,): (n,). Codes of 8 bits are stored less 128, so that their zero is 0."""
-        if BITS == 4:
-            even, odd = tl.split(tl.reshape(v, (WIDE // 2, 2)))
-            terms = (tile >> 4).to(tl.float32) * even[None, :] + (tile & 15).to(tl.float32) * odd[None, :]
-            sums = tl.sum(tl.reshape(terms, (ROWS, WIDE // GROUP, GROUP // 2)), 2)
-            whole = tl.sum(tl.reshape(even + odd, (WIDE // GROUP, GROUP // 2)), 1)
-            dot = tl.sum((sums - z * whole[None, :]) * s, 1)
+        if BITS == 4:  # entry 4 a + 2 b + c of a word's eight; the first code of a byte is its high half
+            u0, u1 = tl.split(tl.reshape(v, (WIDE // 8, 2, 2, 2)))
+            u00, u10 = tl.split(u0)
+            u01, u11 = tl.split(u1)
+            v0, v4 = tl.split(u00)
+            v2, v6 = tl.split(u10)
+            v1, v5 = tl.split(u01)
+            v3, v7 = tl.split(u11)
+            sums = add_codes(tl.zeros(tile.shape, tl.float32), tile, v0, mask, 4)
+            sums = add_codes(sums, tile, v1, mask, 0)
+            sums = add_codes(sums, tile, v2, mask, 12)
+            sums = add_codes(sums, tile, v3, mask, 8)
+            sums = add_codes(sums, tile, v4, mask, 20)
+            sums = add_codes(sums, tile, v5, mask, 16)
+            sums = add_codes(sums, tile, v6, mask, 28)
+            sums = add_codes(sums, tile, v7, mask, 24)
+            sums = tl.sum(tl.reshape(sums, (ROWS, WIDE // GROUP, GROUP // 8)), 2)
+            whole = v0 + v1 + v2 + v3 + v4 + v5 + v6 + v7
+            whole = tl.sum(tl.reshape(whole, (WIDE // GROUP, GROUP // 8)), 1)
+            dot = tl.sum((16 * sums - (16 + z) * whole[None, :]) * s, 1)
         else:
             dot = tl.sum(tile.to(tl.float32) * v[None, :], 1) * tl.sum(s, 1)
         return dot
@@ -910,7 +948,7 @@ if triton is not None:
 
     @triton.jit
     def triton_vector(x, y, gain, shift, stretch, residual, w0, w1, w2, b0, b1, b2, s0, s1, s2, z0, z1, z2, N0, N1, N2,
-                      total, eps, K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+                      total, mask, eps, K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
                       BITS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr,
                       SHIFT: tl.constexpr, STRETCH: tl.constexpr, BIAS: tl.constexpr, ZERO: tl.constexpr,
                       ACT: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr):
@@ -931,10 +969,10 @@ if triton is not None:
             tl.extra.cuda.gdc_launch_dependents()
         for m in tl.static_range(M):
             v = vector_input(x + m * K, stretch, g, h, eps, K, WIDE, NORM, STRETCH)
-            out = vector_dot(tile, s, z, v, ROWS, WIDE, BITS, GROUP)
+            out = vector_dot(tile, s, z, v, mask, ROWS, WIDE, BITS, GROUP)
             out = activated(out + bias if BIAS else out, ACT)
             if GATED:
-                up = vector_dot(tile_up, s_up, z_up, v, ROWS, WIDE, BITS, GROUP)
+                up = vector_dot(tile_up, s_up, z_up, v, mask, ROWS, WIDE, BITS, GROUP)
                 out *= up + bias_up if BIAS else up
             if RESIDUAL:
                 out += tl.load(residual + m * total + column, mask=n < N, other=0).to(tl.float32)

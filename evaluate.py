@@ -504,7 +504,7 @@ def read_answer(where, row):
     return Question(where, row["prompt"], answer=row["answer"] + "")
 
 
-def is_right(text, answer):
+def gives_answer(text, answer):
     """Does the text give the answer: GSM8K's by number, others letter by letter, with no word going on behind?"""
     if "####" in answer:
         return number(answer) is not None and number(text) == number(answer)
@@ -634,7 +634,8 @@ def answered(subject, questions, shots, args, label):
         with open(args.texts or os.devnull, "a") as f:
             for q, (text, logp), length in zip(asked, texts, lengths):
                 text = text.split("\nQuestion:")[0]  # a new question of its own
-                right.append(is_right(text, q.answer.strip() if args.chat else q.answer))  # a turn has no line to end
+                # a turn of a chat has no line to end
+                right.append(gives_answer(text, q.answer.strip() if args.chat else q.answer))
                 confidence.append(math.exp(sum(logp[:length])))  # of as many tokens as the answer has
                 f.write(json.dumps({"run": subject.name, "task": label, "prompt": q.context, "prediction": text,
                                     "reference": q.answer}) + "\n")
@@ -873,7 +874,7 @@ def judge(pairs, args, log):
     kind, where = parse_judge(args.judge)
     if kind == "check":
         known = [row["answer"].strip() if args.chat else row["answer"] for row, *_ in pairs]
-        points = [(is_right(a, answer), is_right(b, answer)) for (_, a, b), answer in zip(pairs, known)]
+        points = [(gives_answer(a, answer), gives_answer(b, answer)) for (_, a, b), answer in zip(pairs, known)]
     elif kind == "reward":
         answers = [*dict.fromkeys((row["prompt"], answer) for row, *both in pairs for answer in both)]
         reward = dict(zip(answers, RewardModel(where, log.device)(*zip(*answers))))

@@ -60,7 +60,7 @@ class GPTConfig:
     # layers
     norm: str = "layernorm_plain"  # see NORMS
     norm_eps: float = 1e-5
-    place: str = "pre"           # where the norms stand, see Block: pre | post | sandwich | deepnorm | parallel | parallel2
+    place: str = "pre"           # of the norms, see Block: pre | post | sandwich | deepnorm | parallel | parallel2
     act: str = "relu2"           # see ACTIVATIONS
     attn: str = "full"           # who sees whom, a layer: full | window | strided, or a cycle such as full,window
     window: int = 0              # of window and strided, see visible
@@ -84,7 +84,7 @@ class GPTConfig:
     alibi_scale: float = 1.0     # Falcon divides the bias by sqrt(head_dim) too
     # embedding and head
     embd_norm: bool = True       # normalize the token embedding before the first block
-    embd_dim: int = 0            # width of the embedding table; 0: C; less: factorized (ALBERT), with matrices to C and back
+    embd_dim: int = 0            # width of the embedding table; 0: C; less: factorized, matrices to C and back (ALBERT)
     embd_scale: float = 1.0      # of the token embedding; sqrt(C) in Vaswani et al. and Gemma
     tied: bool = False           # head shares the token embedding's matrix
     logit_scale: float = 1.0
@@ -178,7 +178,8 @@ class GPTConfig:
     @property
     def moe_layers(self):
         """Which layers have experts."""
-        return [self.n_expert > 0 and i >= self.moe_first and (i + 1) % self.moe_every == 0 for i in range(self.n_layer)]
+        return [self.n_expert > 0 and i >= self.moe_first and (i + 1) % self.moe_every == 0
+                for i in range(self.n_layer)]
 
 
 # What families fix beside their sizes.
@@ -754,7 +755,7 @@ def decode_block(block, x, rope, slots):
 
 @functools.cache
 def compiled_decode_block(vector):
-    """The same, compiled once for all layers. vector: of one token, whose products become sums in loops of their own."""
+    """The same, compiled once for all layers. vector: of one token, whose products become loops of their own."""
     torch._dynamo.config.recompile_limit = 64  # a graph for each number of rows, tokens and size of cache
     return torch.compile(decode_block, dynamic=False, options={"coordinate_descent_tuning": True} if vector else None)
 
@@ -802,10 +803,10 @@ def vector_product(x, *linears, norm=None, act="", residual=None):
         x, y, given(gain, x), given(shift, x), given(stored[0].stretch, x), given(residual, x),
         *three([s.weight for s in stored]), *three([given(f.bias, x) for f in linears]),
         *three([given(s.scale, x) for s in stored]), *three([given(s.zero, x) for s in stored]), *three(widths),
-        y.shape[1], 0x780000, 0.0 if norm is None else norm.eps, K=K, M=M, ROWS=rows, WIDE=wide, BITS=bits, GROUP=group or wide,
-        NORM="" if norm is None else norm.normalize.__name__, GAIN=gain is not None, SHIFT=shift is not None,
-        STRETCH=stored[0].stretch is not None, BIAS=linears[0].bias is not None, ZERO=stored[0].zero is not None,
-        ACT=act, GATED=gated, RESIDUAL=residual is not None, num_warps=4, **early())
+        y.shape[1], 0x780000, 0.0 if norm is None else norm.eps, K=K, M=M, ROWS=rows, WIDE=wide, BITS=bits,
+        GROUP=group or wide, NORM="" if norm is None else norm.normalize.__name__, GAIN=gain is not None,
+        SHIFT=shift is not None, STRETCH=stored[0].stretch is not None, BIAS=linears[0].bias is not None,
+        ZERO=stored[0].zero is not None, ACT=act, GATED=gated, RESIDUAL=residual is not None, num_warps=4, **early())
     return y
 
 
@@ -857,7 +858,7 @@ if triton is not None:
     @triton.jit
     def vector_weights(w, scale, zero, n, N, K: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
                        BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr):
-        """Rows n of the weights: (n, WIDE), or (n, WIDE / 8) words of eight codes; scales and zeros (n, WIDE / GROUP)."""
+        """Rows n of the weights: (n, WIDE), or words of eight codes (n, WIDE / 8); scales, zeros (n, WIDE / GROUP)."""
         many: tl.constexpr = 8 if BITS == 4 else 1
         k, at = tl.arange(0, WIDE // many), n.to(tl.int64)
         words = w.to(tl.pointer_type(tl.int32)) if BITS == 4 else w
@@ -1218,9 +1219,9 @@ def linear_cross_entropy(x, weight, targets, vocab_size, reduction="mean", softc
 
 def token_logprobs(model, x, targets, temperature=1.0, entropy=False, chunk=0):
     """
-    log softmax(logits / temperature)[target], float32 and 0 where the target is -100, from the hidden states x (B, T, C)
-    and targets (B, T): (B, T), or with entropy a pair, the second -Σ p log p, both 0 where nothing is asked. The head
-    multiplies only positions with a target, a chunk at a time, whose logits the backward pass computes again.
+    log softmax(logits / temperature)[target], float32 and 0 where the target is -100, from the hidden states x (B, T,
+    C) and targets (B, T): (B, T), or with entropy a pair, the second -Σ p log p, both 0 where nothing is asked. The
+    head multiplies only positions with a target, a chunk at a time, whose logits the backward pass computes again.
     """
     asked = targets != -100
     x, ids, c = model.features(x[asked]), targets[asked], model.config
@@ -1281,7 +1282,7 @@ def step_forward(sharded, last=True, **inputs):
 
 
 def same_count(parts, sharded):
-    """Micro-batches of this rank, at least one; where parameters are gathered for each, as many on every rank: [] more."""
+    """Micro-batches of this rank, at least one; where parameters are gathered for each, as many on every rank."""
     parts = list(parts)
     if sharded.sharded:
         most = torch.tensor(len(parts), device=sharded.process.device)
@@ -1303,8 +1304,8 @@ def gather_into(copy, model):
 
 def by_response(values, segments, n):
     """
-    Per-token values (R, T) of packed rows -> (n, L), a row for each of n responses, 0 behind its end; segments (R, T) as in
-    data.pack_branches, whose responses lie in one piece. Differentiable.
+    Per-token values (R, T) of packed rows -> (n, L), a row for each of n responses, 0 behind its end; segments (R, T)
+    as in data.pack_branches, whose responses lie in one piece. Differentiable.
     """
     order = (segments.flatten() >= 0).nonzero().squeeze(1)
     owner = segments.flatten()[order]
@@ -1387,14 +1388,14 @@ def end_scores(model, groups, tokens=8192):
 
 class RewardModel:
     """
-    A run of rlhf.py --stage rm as a function (prompts, answers) -> scores, all texts: the value at the end token, in its own
-    tokenizer and template, shifted and scaled as run.json says.
+    A run of rlhf.py --stage rm as a function (prompts, answers) -> scores, all texts: the value at the end token, in
+    its own tokenizer and template, shifted and scaled as run.json says.
     """
 
     def __init__(self, folder, device="cpu"):
         self.model, self.tokenizer = GPT.from_pretrained(folder, device).eval(), Tokenizer.from_pretrained(folder)
         if not self.model.config.scalar_head:
-            raise BadInput(f"reward={folder} has no scalar head, so it is no reward model: train one with python rlhf.py "
+            raise BadInput(f"reward={folder} has no scalar head: it is no reward model: train one with python rlhf.py "
                            f"--stage rm --out {folder}")
         path = Path(folder) / "run.json"
         scale = json.loads(path.read_text()).get("reward", {}) if path.exists() else {}
@@ -1412,8 +1413,8 @@ class RewardModel:
 def rollouts(model, prompts, n, end, max_new_tokens, temperature=1.0, seed=0, batch=256, start=0):
     """
     n responses to each prompt (ids): [[ids, …], …], each with the id `end` where it ended by itself within
-    max_new_tokens, `batch` at a time: one that has ended makes room for the next. What a response draws depends on the seed
-    and its number alone, of which the first is `start`: processes may share the prompts as they like.
+    max_new_tokens, `batch` at a time: one that has ended makes room for the next. What a response draws depends on
+    the seed and its number alone, of which the first is `start`: processes may share the prompts as they like.
     """
     first = seed * 0x9E3779B1 + start  # streams are numbered in 32 bits: this spreads the seeds over them
     rows = [list(p) for p in prompts for _ in range(n)]
@@ -1606,7 +1607,8 @@ class GPT(nn.Module):
                     mask, score = at_places(sees, i), lambda s, b, h, n, j: bent(s, b, h, i[n], j)
                 views[kind] = (score if c.pos == "alibi" else None), flex()[1](mask, per_row, None, T, keys, device)
                 continue
-            b, h = torch.arange(B, device=device)[:, None, None, None], torch.arange(n_head, device=device)[:, None, None]
+            b = torch.arange(B, device=device)[:, None, None, None]
+            h = torch.arange(n_head, device=device)[:, None, None]
             rows, columns = (i[:, None] if cache is not None else i)[..., None], torch.arange(keys, device=device)
             if cache is not None and cache.tree is not None:  # behind pos lie the tree's nodes, each at its depth
                 depth, sees_node = cache.tree
@@ -1656,8 +1658,8 @@ class GPT(nn.Module):
         T = T if self.layers.start == 0 or self.tp is None else T * dist.get_world_size(self.tp)
         device = self.device
         if cache is not None and c.n_expert and c.router == "expert_choice":
-            raise BadInput("a model with --router expert_choice cannot generate: its experts choose among all the tokens "
-                           "of a text, later ones too; train it with another router for that")
+            raise BadInput("a model with --router expert_choice cannot generate: its experts choose among all the "
+                           "tokens of a text, later ones too; train it with another router for that")
         static = cache is not None and cache.static  # then the engine has counted
         first = 0 if self.virtual is None else self.virtual.tokens
         room = c.block_size - first if cache is None else min(c.block_size - first, cache.size) - cache.bound
@@ -1742,10 +1744,10 @@ class GPT(nn.Module):
         targets of -100 do not count; reduction "mean" | "sum" | "none" (B, T).
         cache: a KVCache that the tokens continue; positions (T,) or (B, T) override the default 0, 1, 2, …;
         doc_ids (B, T): attention stays inside a document; (B, T, 2): [..., 1] is another one that the token sees as
-        well, such as the prompt that several responses share; prefix (B,): so many first tokens of a row see each other;
-        embeds (B, T, E) replaces the embedding of idx, which may be None; outcome(model, hidden states (B, T, C)) is
-        returned in place of (logits, loss): what is computed here, DDP and FSDP know of. Raises BadInput where T
-        exceeds block_size.
+        well, such as the prompt that several responses share; prefix (B,): so many first tokens of a row see each
+        other; embeds (B, T, E) replaces the embedding of idx, which may be None; outcome(model, hidden states (B, T,
+        C)) is returned in place of (logits, loss): what is computed here, DDP and FSDP know of. Raises BadInput where
+        T exceeds block_size.
         """
         x = self.trunk(idx, cache, positions, doc_ids, prefix, embeds)
         if outcome is not None:
@@ -2058,7 +2060,8 @@ class Decoder:
         """Draw the next token of some slots from their logits, or take the given one."""
         logits = self.logits[slots]
         if token is None:
-            drawn = self.draw(logits, self.seeds[slots], self.drawn[slots], None if self.seen is None else self.seen[slots])
+            seen = None if self.seen is None else self.seen[slots]
+            drawn = self.draw(logits, self.seeds[slots], self.drawn[slots], seen)
         else:
             drawn = token, logits.log_softmax(-1).gather(1, token.unsqueeze(1)).squeeze(1)
         self.take(*drawn, slots)
@@ -2669,10 +2672,12 @@ def setup_process(device="auto", args=None):
         with contextlib.suppress(OSError, AttributeError):
             for option, value in ((-3, 32 << 20), (-1, 2 ** 31 - 1), (-2, 64 << 20)):
                 ctypes.CDLL(None).mallopt(option, value)
-    flags = {"parallel": "ddp", "hsdp_shard": 0, "pp": 1, "cp": 1, "tp": 1, "timeout": 120} | (vars(args) if args else {})
-    process = lay_out(Process(device, rank, world), **{k: flags[k] for k in ("parallel", "hsdp_shard", "pp", "cp", "tp")})
+    layout = {"parallel": "ddp", "hsdp_shard": 0, "pp": 1, "cp": 1, "tp": 1}
+    flags = layout | {"timeout": 120} | (vars(args) if args else {})
+    process = lay_out(Process(device, rank, world), **{name: flags[name] for name in layout})
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=flags["timeout"]),
+        backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=flags["timeout"])
+        dist.init_process_group(backend, timeout=patience,
                                 device_id=device if device.type == "cuda" else None)
     if world > 1:
         make_groups(process)
@@ -2752,8 +2757,8 @@ def adamw_groups(model, weight_decay):
 class AdamW8bit(torch.optim.Optimizer):
     """
     AdamW whose moments lie in memory as one byte a number (Dettmers et al. 2022): blocks of 256 are divided by their
-    largest magnitude and rounded to quantize.dynamic_code. The second moment's root is stored, as its range is the first's.
-    Small tensors keep 32 bits.
+    largest magnitude and rounded to quantize.dynamic_code. The second moment's root is stored, as its range is the
+    first's. Small tensors keep 32 bits.
     """
     BLOCK, SMALL = 256, 4096
 
@@ -2890,7 +2895,7 @@ class RowLinear(Linear):
 
 
 class VocabularyEmbedding(nn.Embedding):
-    """Each rank looks up the ids whose rows it has; the sum has them all, of which it keeps its part of the sequence."""
+    """Each rank looks up the ids whose rows it has; of the sum, which has all, it keeps its part of the sequence."""
 
     def forward(self, idx):
         rows = self.weight.shape[0]
@@ -2960,9 +2965,11 @@ def check_layout(c, process, T):
     for size, what in ((c.n_kv_head, "heads of keys"), (c.n_hidden, "hidden units"),
                        (c.padded_vocab, "rows of vocabulary"), (T // cp, "tokens of a rank's part of the sequence")):
         if size % tp:
-            raise BadInput(f"--tp {tp} does not divide the model's {size} {what}: use one that does, or --parallel fsdp")
+            raise BadInput(f"--tp {tp} does not divide the model's {size} {what}: use one that does, or --parallel "
+                           f"fsdp")
     if c.prefix_lm and (pp > 1 or cp > 1):
-        raise BadInput("a prefix-LM's rows have masks of their own, which --pp and --cp do not pass on: use --tp or fsdp")
+        raise BadInput("a prefix-LM's rows have masks of their own, which --pp and --cp do not pass on: use --tp or "
+                       "fsdp")
     if T % (2 * cp):
         raise BadInput(f"--cp {cp} cuts the sequence into {2 * cp} chunks: use a --block_size that is a multiple of "
                        f"that, which {T} is not")
@@ -2970,7 +2977,8 @@ def check_layout(c, process, T):
         raise BadInput(f"--pp {pp} is more stages than the model's {c.n_layer} layers")
     if pp > 1 and (c.resid_mix or c.share > 1 or c.pos == "t5"):
         what = "resid_mix" if c.resid_mix else "share" if c.share > 1 else "pos t5"
-        raise BadInput(f"--pp {pp} cannot cut a model with {what}, whose parts later layers need again: use --tp or fsdp")
+        raise BadInput(f"--pp {pp} cannot cut a model with {what}, whose parts later layers need again: use --tp or "
+                       f"fsdp")
 
 
 def split_layers(n_layer, pp, stage):
@@ -3053,7 +3061,8 @@ def shard(model, process, args=None, whole=lambda name, shape: False):
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
         options = dict(mesh=p.mesh["replicate", "shard"] if p.mode == "hsdp" else p.mesh["shard"],
                        mp_policy=MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32),
-                       offload_policy=CPUOffloadPolicy(p.device.type == "cuda") if flags["offload"] else OffloadPolicy())
+                       offload_policy=CPUOffloadPolicy(p.device.type == "cuda") if flags["offload"]
+                       else OffloadPolicy())
         keep = {"reshard_after_forward": False} if p.mode == "zero2" else {}
         for block in model.blocks:
             if not isinstance(block, nn.Identity):
@@ -3232,7 +3241,8 @@ class Sharded:
         if p.pp > 1 and p.replicate > 1 and not self.sharded:
             self.add(grads.values(), groups["replicate"])
             torch._foreach_div_(list(grads.values()), p.replicate)
-        if experts := [grads[n] for n in self.model.own_experts if n in grads]:  # the others' tokens are in them already
+        # the others' tokens are in these already
+        if experts := [grads[n] for n in self.model.own_experts if n in grads]:
             self.add(experts, self.model.expert_copies)
             torch._foreach_div_(experts, p.world)
         if p.tp > 1:
@@ -3337,8 +3347,9 @@ class Sharded:
 
     def state_dict(self, optimizers, sharded=False):
         """
-        {"model": name -> tensor, "optimizers": [torch's state dicts]} of whole tensors, on rank 0, {} elsewhere. sharded:
-        on every rank, and instead of a tensor [(slices as (start, stop) pairs or None, its part)], [] of others' parts.
+        {"model": name -> tensor, "optimizers": [torch's state dicts]} of whole tensors, on rank 0, {} elsewhere.
+        sharded: on every rank, and instead of a tensor [(slices as (start, stop) pairs or None, its part)], [] of
+        others' parts.
         """
         tensors = self.held(optimizers)
         if sharded:
@@ -3405,8 +3416,8 @@ class Pipeline:
     """
     A model's layers in K stages, one a process (GPipe, Huang et al. 2019; 1F1B, Narayanan et al. 2019): micro-batches
     follow each other through the stages, and (K - 1) / (K - 1 + M) of the time a stage waits, with M of them a step.
-    gpipe: all forward passes, then all backward. 1f1b: backward as soon as can be, so that a stage keeps the activations
-    of at most K micro-batches instead of M.
+    gpipe: all forward passes, then all backward. 1f1b: backward as soon as can be, so that a stage keeps the
+    activations of at most K micro-batches instead of M.
     """
 
     def __init__(self, model, process, schedule):
@@ -3483,8 +3494,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def write_safetensors(path, entries, pieces, metadata=None):
     """
-    Write tensors as they are made. entries {name: (dtype, shape)}; pieces: tensors that, one behind the other, are those
-    of the entries, in order and of their dtypes; metadata: dict of str -> str.
+    Write tensors as they are made. entries {name: (dtype, shape)}; pieces: tensors that, one behind the other, are
+    those of the entries, in order and of their dtypes; metadata: dict of str -> str.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, offset = {"__metadata__": metadata} if metadata else {}, 0
@@ -3760,8 +3771,8 @@ def read_qwen_moe(hf):
     dense, width = sorted(hf.get("mlp_only_layers") or []), hf.get("moe_intermediate_size", 768)
     shared = hf.get("shared_expert_intermediate_size", 5632) if hf["model_type"] == "qwen2_moe" else 0
     if dense != list(range(len(dense))) or shared % width:
-        raise BadInput(f"config.json has dense layers {dense} and shared experts of width {shared}: only leading layers, and "
-                       f"a multiple of an expert's {width}, are supported")
+        raise BadInput(f"config.json has dense layers {dense} and shared experts of width {shared}: only leading "
+                       f"layers, and a multiple of an expert's {width}, are supported")
     if hf.get("use_sliding_window"):
         raise BadInput("config.json of a Qwen mixture of experts with a sliding window is not supported")
     own = dict(qkv_bias=hf.get("qkv_bias", True), shared_gate=True) if shared else {}
@@ -3772,7 +3783,8 @@ def read_qwen_moe(hf):
 
 def write_qwen_moe(c):
     return write_llama(c) | write_router(c) | {
-        "shared_expert_intermediate_size": c.n_expert_shared * c.expert_hidden, "mlp_only_layers": list(range(c.moe_first)),
+        "shared_expert_intermediate_size": c.n_expert_shared * c.expert_hidden,
+        "mlp_only_layers": list(range(c.moe_first)),
         "decoder_sparse_step": c.moe_every, "qkv_bias": c.qkv_bias, "use_sliding_window": False}
 
 
@@ -3914,7 +3926,8 @@ def canonical_experts(c, d):
     for name in ("aux_loss", "router_z_loss", "bias_rate", "capacity", "moe_every", "moe_first"):
         del d[name]
     if not c.n_expert:
-        names = ("n_expert_active", "n_expert_shared", "expert_hidden", "router", "router_norm", "router_scale", "shared_gate")
+        names = ("n_expert_active", "n_expert_shared", "expert_hidden", "router", "router_norm", "router_scale",
+                 "shared_gate")
         return {name: value for name, value in d.items() if name not in names}
     d |= {"moe_layers": c.moe_layers, "router_norm": c.router_norm and c.n_expert_active > 1}
     if c.router in ("switch", "gshard"):  # alike when nothing is drawn
@@ -4066,7 +4079,7 @@ def shard_files(path):
 
 
 def load_shards(path, load=load_safetensors):
-    """What load returns for each tensor of a folder's files, by name: the tensor, or what scan_safetensors says of it."""
+    """What load returns for each tensor of a folder's files, by name: the tensor, or what scan_safetensors says."""
     tensors = {}
     for file, names in shard_files(path).items():
         tensors |= load(file)

@@ -421,8 +421,8 @@ def check(c):
     k = {"switch": 1, "gshard": 2}.get(c.router)
     for wrong, sentence in (
             (not 1 <= c.n_expert_active <= c.n_expert,
-             f"--n_expert_active {c.n_expert_active} is not between 1 and the {c.n_expert} experts of --n_expert: choose "
-             f"fewer, or more experts"),
+             f"--n_expert_active {c.n_expert_active} is not between 1 and the {c.n_expert} experts of --n_expert: "
+             f"choose fewer, or more experts"),
             (c.router not in ROUTERS, f"--router {c.router} is unknown: choose one of {', '.join(ROUTERS)}"),
             (k and c.n_expert_active != k,
              f"--router {c.router} takes {k} expert(s) a token, not {c.n_expert_active}: add --n_expert_active {k}"),
@@ -443,8 +443,8 @@ def warnings(c):
         yield ("expert_choice: a token's experts depend on later tokens, so training and validation losses see the "
                "future, and the model cannot generate")
     elif c.n_expert and c.capacity:
-        yield (f"--capacity {c.capacity}: in training a token's result depends on the tokens before it in its batch, and "
-               f"what overflows passes an MLP by; evaluation and generation drop nothing")
+        yield (f"--capacity {c.capacity}: in training a token's result depends on the tokens before it in its batch, "
+               f"and what overflows passes an MLP by; evaluation and generation drop nothing")
 
 
 def active_share(c):

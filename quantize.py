@@ -623,7 +623,7 @@ class QuantLinear(nn.Module):
         return self.biased(y).view(*x.shape[:-1], -1)
 
     def stored(self):
-        """What model.py's vector_product can read: codes of 8 bits with a scale a row, or of 4 with 8, 16 … to a group."""
+        """What model.py's vector_product can read: codes of 8 bits, a scale a row, or of 4 with 8, 16 … to a group."""
         K, group = self.in_features, self.group
         whole = self.bits == 8 and group == 0 and "zero" not in self.names
         power = 8 <= group == group & -group and K % group == 0

@@ -31,8 +31,8 @@ import data
 import moe
 from bpe import BadInput, cli, replace_file
 from model import (GPT, GPTConfig, PARALLEL, PRESETS, AdamW8bit, adamw_groups, all_reduce, check_layout,
-                   count_parameters, flops_per_token, init_roughly, init_weights, load_run, load_safetensors, meta_model,
-                   peak_flops, peak_memory, save_run, setup_process, shard, uniform, use_float8)
+                   count_parameters, flops_per_token, init_roughly, init_weights, load_run, load_safetensors,
+                   meta_model, peak_flops, peak_memory, save_run, setup_process, shard, uniform, use_float8)
 from quantize import use_qat
 
 # -----------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def make_optimizers(model, args, device, capturable=False):
 
 
 def sees_whole(optimizer, name, shape):
-    """Must this optimizer see a parameter whole? AdamW and SGD look at one entry at a time, Muon at a block's matrix."""
+    """Must this optimizer see a parameter whole? AdamW and SGD look at an entry at a time, Muon at a block's matrix."""
     if optimizer == "muon":
         return name.startswith("blocks.") and len(shape) == 2
     return optimizer in ("adafactor", "adam8bit")
@@ -513,7 +513,8 @@ class Trainer:
             b.copy_(state["buffers"][name])
         with torch.no_grad():
             for name, t in self.ema.items():
-                t.copy_(state["ema"][name][self.sharded.piece(name)] if name in state["ema"] else self.sharded.parts[name])
+                saved = state["ema"].get(name)
+                t.copy_(self.sharded.parts[name] if saved is None else saved[self.sharded.piece(name)])
         if self.graphs is not None:
             self.graphs = []  # they wrote to the optimizers' old tensors
 
@@ -828,8 +829,8 @@ def main():
         log = open(out / "log.jsonl", "a")
     peak = peak_flops(device)
     active = f"{(total - moe.idle_parameters(counted)) / 1e6:.2f}M active, " if config.n_expert else ""
-    say(f"{total / 1e6:.2f}M parameters, {active}{matmul / 1e6:.2f}M in matrix products; {rows} rows x {T} tokens a step in "
-        f"{accumulate} x {process.dp_world} micro-batches"
+    say(f"{total / 1e6:.2f}M parameters, {active}{matmul / 1e6:.2f}M in matrix products; {rows} rows x {T} tokens a "
+        f"step in {accumulate} x {process.dp_world} micro-batches"
         + (f", {levels} times as many after {(levels - 1) * length} steps" if levels > 1 else "")
         + f"; {device}, {args.dtype}, {args.optimizer}\n"
         f"MFU = (6 x {matmul:,} + 12 L H D T) x tokens/s / "

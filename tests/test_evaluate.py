@@ -326,7 +326,7 @@ def test_a_token_across_the_border_counts_with_the_choice(run_dir):
     ("so $1,018.", "#### 1018", True), ("none", "#### 3", False), ("#### 7 or 8", "#### 7", True),
     ("986", "986\n", False), ("none", "#### none", False)])
 def test_what_counts_as_the_answer(text, answer, right):
-    assert E.is_right(text, answer) is right
+    assert E.gives_answer(text, answer) is right
 
 
 def test_answers_are_those_of_data_exact_match(run_dir, model, tmp_path):

@@ -430,7 +430,8 @@ def test_prefix_targets_are_those_that_no_earlier_token_sees():
 def test_every_model_flag_reaches_the_config():
     flags = ["--place", "sandwich", "--attn", "full,window", "--window", "16", "--pos", "alibi", "--act", "geglu",
              "--alibi_scale", "0.5", "--share", "2", "--embd_dim", "64", "--softcap", "15", "--resid_mix",
-             "--no-qk_norm", "--resid_scale", "0.5", "--prefix_lm", "--norm_eps", "1e-6", "--mlp_bias", "--head_dim", "16", "--tied"]
+             "--no-qk_norm", "--resid_scale", "0.5", "--prefix_lm", "--norm_eps", "1e-6", "--mlp_bias", "--head_dim",
+             "16", "--tied"]
     config = T.make_config(T.get_args(flags), 500)
     assert asdict(config) == asdict(GPTConfig(
         vocab_size=500, place="sandwich", attn="full,window", window=16, pos="alibi", act="geglu", alibi_scale=0.5,
@@ -449,8 +450,8 @@ def test_calibrating_measures_a_product_and_a_copy():
 
 @pytest.mark.parametrize("layout", [["--parallel", "fsdp"], ["--pp", 2]])
 def test_a_bench_times_a_layout_and_leaves_nothing(layout, tmp_path):
-    common = ["--n_layer", 2, "--n_embd", 32, "--n_head", 2, "--block_size", 32, "--batch_tokens", 512, "--device", "cpu"]
-    out = run(*common, "--bench", 2, *layout, "--out", tmp_path / "run", world=2)
+    common = ["--n_layer", 2, "--n_embd", 32, "--n_head", 2, "--block_size", 32, "--batch_tokens", 512]
+    out = run(*common, "--device", "cpu", "--bench", 2, *layout, "--out", tmp_path / "run", world=2)
     metrics = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
     assert metrics["tokens_per_s"] > 0 and "2 process(es)" in out
     assert 0 < metrics["loss"] < math.log(1024) + 1  # the mean over both, also where only the last stage has one

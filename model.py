@@ -1359,8 +1359,10 @@ def continuations(model, groups):
         hidden = torch.cat([hidden, model.trunk(pad([row[:-1] for row in rows], model.device), cache=cache)], 1)
     there = (torch.arange(max(counts)) < torch.tensor(counts)[:, None]).to(x.device)
     logp, greedy = token_scores(model, hidden[there], torch.tensor([*itertools.chain(*rows)], device=x.device))
-    scores = ([float(p.sum()), len(p), int(g.all())] for p, g in zip(logp.split(counts), greedy.split(counts)))
-    return [[next(scores) for _ in g[1]] for g in groups]
+    row, none = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)), torch.zeros(len(rows))
+    sums, others = none.index_add(0, row, logp), none.index_add(0, row, 1.0 - greedy.float())
+    scores = zip(sums.tolist(), counts, (others == 0).int().tolist())
+    return [[[*next(scores)] for _ in g[1]] for g in groups]
 
 
 @torch.no_grad()

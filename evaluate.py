@@ -1027,7 +1027,7 @@ WITHOUT_FILE = ("val", "text", "checks", "arithmetic", "bios", "samples", "probe
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--init", nargs="+", help="runs, Hugging Face folders or hub names (default: the newest run under out/)")
+    add("--init", nargs="+", help="runs, Hugging Face folders or hub names (default: the newest run that reads texts)")
     add("--task", nargs="+", metavar="NAME[=SOURCE]", help="see above (default: val checks, or text)")
     add("--limit", type=int, default=0, help="only the first rows of a file; 0: all")
     add("--shots", type=int, default=0, help="solved questions before each question")
@@ -1100,11 +1100,6 @@ def summary(figures, args, T=0):
             "intervals": {metric: values[1:] for metric, values in rounded.items()}, "settings": settings}
 
 
-def speaks(run):
-    """Is it a language model? A reward model or a critic is read by its scalar head."""
-    return not run.get("config", {}).get("scalar_head")
-
-
 def write_json(path, metrics):
     with replace_file(path, "w") as f:
         json.dump(metrics, f, indent=1)
@@ -1137,7 +1132,7 @@ def main():
         if len(args.init or ()) < 2:
             raise BadInput("--task winrate needs two runs or more: --init RUN RUN")
         parse_judge(args.judge)
-    inits = [] if alone else args.init or [newest_run(fits=speaks)]
+    inits = [] if alone else args.init or [newest_run(fits=data.reads_texts)]
     for init in inits:
         subject = Subject(init, args, device)
         if subject.name in results:  # another folder's run of that name

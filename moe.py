@@ -632,8 +632,9 @@ def picture(tokens, chosen, layer, n_expert):
 
 def inspect(args):
     """which expert takes which tokens of a text: a table, and with --picture an SVG"""
+    from data import reads_texts
     from model import GPT, newest_run
-    init = args.init or newest_run()
+    init = args.init or newest_run(fits=reads_texts)
     model, tokenizer = GPT.from_pretrained(init).eval(), Tokenizer.from_pretrained(init)
     c = model.config
     if not c.n_expert:

@@ -1269,11 +1269,10 @@ def get_args(argv=None):
 
 
 def newest_float(root="out"):
-    """The newest run that is not quantized, and that reads texts: rlhf.py's small starts know one task's letters."""
-    import data
+    """The newest run that reads texts, or what it was quantized from."""
+    from data import reads_texts
     from model import newest_run
-    reads = lambda run: run["tokenizer"].get("kind") != "char" or data.corpora(run)
-    path = newest_run(root, reads)
+    path = newest_run(root, reads_texts)
     run = read_json(path / "run.json")
     return run["args"]["init"] if run.get("quantize") else str(path)
 

@@ -10,7 +10,7 @@ with Muon (Jordan et al. 2024), AdamW (Loshchilov & Hutter 2019) or another of O
     torchrun --nproc_per_node 8 train.py --preset gpt2 --data text --input books/ --tokenizer gpt2 \\
         --batch_tokens 524288 --lr 0.01
     torchrun --nproc_per_node 8 train.py --preset gpt2-xl --parallel fsdp --tp 2 --recompute selective   # and so on
-    torchrun --nproc_per_node 8 train.py --bench 10 --preset gpt2 …                          # the speed of all that alone
+    torchrun --nproc_per_node 8 train.py --bench 10 --preset gpt2 …      # the speed of all that alone, on random ids
 """
 import argparse
 import inspect

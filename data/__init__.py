@@ -522,6 +522,12 @@ def corpora(run):
     return {name: (weight, found[name]) for name, weight in weights.items() if name in found}
 
 
+def reads_texts(run):
+    """Does a run say something of any text? Not a reward model, nor rlhf.py's small starts with one task's letters."""
+    return not run.get("config", {}).get("scalar_head") and \
+        (run.get("tokenizer", {}).get("kind") != "char" or bool(corpora(run)))
+
+
 # -----------------------------------------------------------------------------
 # Questions
 

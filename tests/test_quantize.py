@@ -22,12 +22,7 @@ from model import GPT, GPTConfig, init_weights, load_run, load_safetensors, save
 TEXT = "the cat sat on the mat, and 993-7=986. Rain fell on the roof of the old house by the river. " * 60
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normal(*shape, seed=0, std=0.02):

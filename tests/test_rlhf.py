@@ -22,12 +22,7 @@ from parity import oracle_rlhf as oracle
 CPU = Process(torch.device("cpu"), 0, 1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- formulas

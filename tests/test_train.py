@@ -41,13 +41,7 @@ def run(*args, world=1, check=0, **kwargs):
     return done.stdout + done.stderr
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Such small products are faster with one, above all where other processes work too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def here(monkeypatch, *args):

@@ -794,7 +794,8 @@ def vector_product(x, *linears, norm=None, act="", residual=None):
     wide = triton.next_power_of_2(K)
     rows, parts = max(1, TILE // wide // (1 + gated)), 1 if gated else len(linears)
     for _ in range({8: 1, 4: 2}.get(bits, 0)):  # as many bytes of codes, while there is a program for each processor
-        rows *= 1 + (parts * max(widths) // (2 * rows) >= processors(x.device))
+        if parts * max(widths) // (2 * rows) >= processors(x.device):
+            rows *= 2
     three = lambda values: (list(values) + [values[0]] * 2)[:3]  # absent ones are never read
     given = lambda t, other: other if t is None else t
     gain, shift = (None, None) if norm is None else (norm.weight, norm.bias)

@@ -235,6 +235,17 @@ def test_a_run_goes_on_with_another_layout_and_number_of_processes(world, style,
     expect_equal(launched(world)[f"{style} {flags} load {saved}"], style, flags, first=HALF)
 
 
+@pytest.mark.slow
+def test_what_eight_processes_saved_two_go_on_with(folder):
+    saved = [("gpt2", "--parallel fsdp --ckpt sharded"), ("nano", "--parallel hsdp --hsdp_shard 4 --ckpt sharded"),
+             ("gpt2", "--parallel fsdp --tp 2 --ckpt full"), ("nano", "--parallel ddp --ckpt full")]
+    later = ["--parallel fsdp", "--parallel zero1", "--tp 2", "--parallel fsdp"]
+    launch(8, folder / "eight", [(style, flags, f"save {i}") for i, (style, flags) in enumerate(saved)])
+    seen = launch(2, folder / "eight", [(saved[i][0], flags, f"load {i}") for i, flags in enumerate(later)])
+    for i, flags in enumerate(later):
+        expect_equal(seen[f"{saved[i][0]} {flags} load {i}"], saved[i][0], flags, first=HALF)
+
+
 @pytest.mark.parametrize("style, flags", SAVED)
 def test_one_process_goes_on_with_what_several_saved(style, flags, launched, folder):
     expect_equal(launched(2)[f"{style} {flags} save {name_of(style, flags)}"], style, flags)

@@ -261,17 +261,24 @@ class Linear(nn.Linear):
     fp8 = False
 
     def forward(self, x):
-        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        weight, bias = cast_to(x, self.weight, self.bias)
         if self.fp8 and torch.is_grad_enabled():
             y = Float8Product.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
             return y if bias is None else y + bias
-        if bias is not None and torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
+        if bias is not None and x.is_cuda and torch.compiler.is_compiling() and x.numel() == x.shape[-1]:
             return F.linear(x, weight) + bias  # the compiler turns a product alone, without a sum, into its own loop
-        return product(x, weight) if bias is None else product(x, weight, bias)
+        return product(x, weight, bias)
 
     def stored(self):
         whole = type(self) is Linear and not isinstance(self.weight, dist.tensor.DTensor)
         return Stored(self.weight) if whole else None
+
+
+def cast_to(x, weight, bias):
+    """A layer's parameters, either may be None, in x's dtype; asking first is a third of the cost of `to` on a CPU."""
+    if (weight is None or weight.dtype == x.dtype) and (bias is None or bias.dtype == x.dtype):
+        return weight, bias
+    return None if weight is None else weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
 
 # How a Linear's weights lie in memory, for the kernels that read them there: floats, or quantize.py's codes of so many
@@ -287,10 +294,20 @@ def product(x, weight, bias=None):
     x Wᵀ + b. For few rows on a CPU by oneDNN, which reads the weights at memory's speed: one row and 3072 x 768 at 20
     to 23 GB/s on two cores of an EPYC where a sum reads 25; torch's own choice there, MKL, at 11-13, four rows at 5.
     """
-    few = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() <= 32 * x.shape[-1]
+    few = x.is_cpu and x.dtype == weight.dtype == torch.float32 and x.numel() <= 32 * x.shape[-1]
     if few and ONEDNN and weight.numel() >= 2 ** 18 and not torch.is_grad_enabled():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return few_rows(x, weight, bias) if torch.compiler.is_compiling() else onednn(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def onednn(x, weight, bias):
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+# The same for torch.compile, which takes oneDNN's operator for its own, made of weights that it packed
+few_rows = torch.library.custom_op("gpt::few_rows", onednn, mutates_args=(),
+                                   schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+few_rows.register_fake(lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
 
 
 def to_float8(t, dtype):
@@ -355,8 +372,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(width)) if c.norm_bias and bias else None
 
     def forward(self, x):
-        weight, bias = (p if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
-        return self.normalize(x, weight, bias, self.eps)
+        return self.normalize(x, *cast_to(x, self.weight, self.bias), self.eps)
 
 
 def layer_norm(x, weight, bias, eps):
@@ -748,16 +764,36 @@ class Block(nn.Module):
         return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
 
+def update_and_attend(held_k, held_v, places, seen, q, k, v, view, scale, dropout):
+    """
+    Write k, v (B, Hkv, T, D) into a layer's cache (B, Hkv, S, D) at places (B, T), or for None as the last of the
+    first `seen` entries, and attend to those.
+    """
+    if places is None:
+        start = seen - k.shape[2]
+        held_k[:, :, start:seen], held_v[:, :, start:seen] = k, v
+    else:
+        index = places[:, None, :, None].expand_as(k)
+        held_k.scatter_(2, index, k)
+        held_v.scatter_(2, index, v)
+    return attend(q, held_k[:, :, :seen], held_v[:, :, :seen], view, scale, dropout)
+
+
+def cached_block(block, x, rope, view, *room):
+    """A block over a few new tokens a row, x (B, T, C), anywhere; room: what update_and_attend takes first."""
+    return block.forward(x, rope, view, functools.partial(update_and_attend, *room))
+
+
 def decode_block(block, x, rope, slots):
     """A block over a few new tokens a row, x (B, T, C), on a GPU."""
     return block.forward(x, rope, slots, decode_attention)
 
 
 @functools.cache
-def compiled_decode_block(vector):
-    """The same, compiled once for all layers. vector: of one token, whose products become loops of their own."""
+def compiled(function, dynamic=None, vector=False):
+    """One of these two, compiled once for all layers. vector: one token on a GPU, whose products become loops."""
     torch._dynamo.config.recompile_limit = 64  # a graph for each number of rows, tokens and size of cache
-    return torch.compile(decode_block, dynamic=False, options={"coordinate_descent_tuning": True} if vector else None)
+    return torch.compile(function, dynamic=dynamic, options={"coordinate_descent_tuning": True} if vector else None)
 
 
 # -----------------------------------------------------------------------------
@@ -1459,19 +1495,12 @@ class KVCache:
             self.sequences[T] = torch.arange(T, device=self.pos.device), ones.tril()
         return self.sequences[T]
 
-    def update(self, layer, places, q, k, v, view, scale, dropout):
-        """Write k, v (B, Hkv, T, D) at places (B, T), then attend to all that is there."""
-        if self.even and not self.static:
-            start = self.bound - k.shape[2]
-            self.k[layer][:, :, start:self.bound], self.v[layer][:, :, start:self.bound] = k, v
-        else:
-            index = places[:, None, :, None].expand_as(k)
-            self.k[layer].scatter_(2, index, k)
-            self.v[layer].scatter_(2, index, v)
-        return attend(q, self.k[layer][:, :, :self.seen()], self.v[layer][:, :, :self.seen()], view, scale, dropout)
-
     def seen(self):
         return self.size if self.static else self.bound
+
+    def room(self, places):
+        """Where entries for places (B, T) go, and how many are seen then: for update_and_attend."""
+        return None if self.even and not self.static else places, self.seen()
 
     def fill(self, layer, q, k, v, view, scale, dropout):
         """Write the first T entries of an empty cache; attention needs only the new k and v."""
@@ -1693,8 +1722,9 @@ class GPT(nn.Module):
         if c.pos == "rope":
             rope = self.rope[:, positions].to(self.compute_dtype).unsqueeze(-2)  # (2, [B,] T, 1, D): one for all heads
         x = x0 = self.embed(idx, positions, embeds) if self.layers.start == 0 else idx
+        kinds = c.attn_kinds
         for l in self.layers:
-            block, kind = self.blocks[l // c.share], c.attn_kinds[l]
+            block, kind = self.blocks[l // c.share], kinds[l]
             if self.mix_x is not None:
                 x = self.mix_x[l].to(x.dtype) * x + self.mix_x0[l].to(x.dtype) * x0
             view = None if fused else Before(*kv[l], wider[kind]) if first else views[kind]
@@ -1703,14 +1733,16 @@ class GPT(nn.Module):
             elif cache is None:
                 x = block(x, rope, view)
             elif fused:
-                decode = vector_block if vectors else compiled_decode_block(B * T == 1) if cache.compiled else \
-                    decode_block
+                decode = vector_block if vectors else decode_block if not cache.compiled else \
+                    compiled(decode_block, False, B * T == 1)
                 slopes = c.alibi_scale * self.slopes if c.pos == "alibi" else None
                 x = decode(block, x, rope, Slots(cache.k[l], cache.v[l], cache.pos, depth, tree, slopes, kind,
                                                  c.window))
-            else:  # a block with a cache is compiled for decoding only
-                attention = functools.partial(cache.fill, l) if prefill else functools.partial(cache.update, l, slots)
-                x = block.forward(x, rope, view, attention)
+            elif prefill:  # a block with a cache is compiled for decoding only
+                x = block.forward(x, rope, view, functools.partial(cache.fill, l))
+            else:
+                decode = compiled(cached_block) if cache.compiled else cached_block
+                x = decode(block, x, rope, view, cache.k[l], cache.v[l], *cache.room(slots))
         if cache is not None and cache.tree is None:
             cache.pos.add_(T)
         return x if self.norm is None else self.norm(x)
@@ -2011,6 +2043,7 @@ class Decoder:
             return torch.zeros(shape, dtype=dtype, device=model.device)
         self.model, self.sampling, self.compile, self.graph = model, sampling, compile, None
         self.cache = KVCache(model.config, batch, size, model.device, model.compute_dtype)
+        self.cache.compiled = compile and model.device.type == "cpu"  # on a GPU when the graph is recorded
         self.token, self.logprob = zeros(batch), zeros(batch, dtype=torch.float32)
         self.logits = zeros(batch, model.config.vocab_size, dtype=torch.float32)
         self.seeds, self.drawn = zeros(batch), zeros(batch)  # stream of each slot, tokens drawn from it
@@ -2054,7 +2087,8 @@ class Decoder:
         self.logits.copy_(self.model.logits(self.hidden()))
 
     def draw(self, logits, seeds, drawn, seen):
-        return sample_token(logits, uniform(seeds, drawn), seen=seen, **vars(self.sampling))
+        u = uniform(seeds, drawn) if self.sampling.temperature else None
+        return sample_token(logits, u, seen=seen, **vars(self.sampling))
 
     def draw_hidden(self, x, seeds, drawn, seen):
         return self.draw(self.model.logits(x), seeds, drawn, seen)

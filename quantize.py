@@ -1261,7 +1261,7 @@ def get_args(argv=None):
     add("--steps", type=int, default=32, help="of --bench, in each round")
     add("--rounds", type=int, default=5, help="of --bench")
     add("--measure", metavar="DIR", help="tokens/s and peak memory of one run, as JSON")
-    add("--compile", action="store_true", help="torch.compile the decoding step on CUDA, where speed is measured")
+    add("--compile", action="store_true", help="torch.compile the decoding step, where speed is measured")
     add("--seed", type=int, default=0, help="of the calibration windows and of --bench's weights")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of --measure")

@@ -1186,7 +1186,7 @@ def get_args(argv=None):
     add("--init", help="run directory or Hugging Face directory (default: the newest run under out/)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the step on CUDA")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the step")
 
     add = parser.add_argument_group("what to write").add_argument
     add("--prompt", help="text to continue, @FILE for a file's text (default: standard input if it is not a terminal)")

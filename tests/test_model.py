@@ -464,6 +464,21 @@ def test_a_ragged_batch_equals_its_rows_alone(model):
             assert torch.allclose(torch.tensor(alone_logp[0]), torch.tensor(logp[i]), atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_compiled_blocks_write_the_same_text_on_a_cpu(bits):
+    """512 wide: floats take oneDNN's product, which the compiler meets as an operator of ours."""
+    model = make(n_embd=512, n_head=8, n_kv_head=4, attn="full,window", window=6)
+    if bits:
+        Q.quantize_model(model, "symmetric" if bits == 8 else "zeropoint", bits, 0 if bits == 8 else 32)
+    for lengths in ((9,), (3, 17, 9)):
+        prompts = [tokens(1, n, n)[0].tolist() for n in lengths]
+        ids, logp = model.generate(prompts, 12, temperature=0)
+        compiled, compiled_logp = model.generate(prompts, 12, temperature=0, compile=True)
+        assert compiled == ids
+        assert torch.allclose(torch.tensor(compiled_logp), torch.tensor(logp), atol=1e-4 if not bits else 2e-2)
+
+
 @pytest.mark.parametrize("sampling", [dict(temperature=0), dict(temperature=1.0, top_k=20, repetition_penalty=1.3)])
 def test_rows_that_end_make_room_and_nothing_else_changes(sampling):
     model = make()

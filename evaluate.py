@@ -310,7 +310,7 @@ def window_losses(model, ids, spans):
 
 def perplexity(model, ids, window=0, stride=0, rows=8):
     """exp of the mean nats of ids[1:]; window 0: the model's context, stride 0: the window, no overlap."""
-    T, ids = window or model.config.block_size, np.asarray(ids, dtype=np.int64)
+    T, ids = window or model.context, np.asarray(ids, dtype=np.int64)
     spans = list(windows(len(ids), T, stride or T))
     losses = [window_losses(model, ids, spans[i:i + rows]) for i in range(0, len(spans), rows)]
     return math.exp(torch.cat([*itertools.chain(*losses)]).mean())
@@ -412,7 +412,7 @@ class Subject:
 
     def group(self, where, texts):
         """texts: ids of the context and of the context with each choice."""
-        (prompt, *rows), T = texts, self.model.config.block_size
+        (prompt, *rows), T = texts, self.model.context
         shared = next((i for i, ids in enumerate(zip(*texts)) if len(set(ids)) > 1), min(map(len, texts)))
         shared = min(shared, *(len(row) - 1 for row in rows))
         if shared < 1:
@@ -606,7 +606,7 @@ def write_answers(subject, prompts, new, args):
     random numbers of its own, else the luck of one would be the luck of all, and no interval would know.
     """
     stop = chat_stops(subject.tokenizer) if args.chat else {subject.tokenizer.eot} - {None}
-    T = subject.model.config.block_size
+    T = subject.model.context
 
     def compute(items):
         tokens, logp = subject.model.generate([p for p, _ in items], new, stop=stop, temperature=args.temperature,
@@ -689,11 +689,11 @@ def task_bios(subject, source, args):
 
 def losses(subject, ids, label, args):
     """(windows, 4): the nats, tokens, bytes and words (by their first letters) that each window predicts."""
-    T = args.window or subject.model.config.block_size
+    T = args.window or subject.model.context
     stride = args.stride or T
-    if not 0 < stride <= T <= subject.model.config.block_size:
+    if not 0 < stride <= T <= subject.model.context:
         raise BadInput(f"--window {T} and --stride {stride}: the stride must be at most the window, which must be "
-                       f"at most the model's context of {subject.model.config.block_size}")
+                       f"at most the model's context of {subject.model.context}")
     if len(ids) < 2:
         raise BadInput(f"{label} holds no text to predict: give a longer one")
     ids, spell = np.asarray(ids, dtype=np.int64), subject.tokenizer.token_bytes()
@@ -1139,7 +1139,7 @@ def main():
             subject.name = str(init)
         subjects += [subject] * many
         figures = results[subject.name] = {}
-        contexts[subject.name] = subject.model.config.block_size
+        contexts[subject.name] = subject.model.context
         known = data.corpora(subject.run)
         for name, source, label in label_tasks(tasks or [("val", None), ("checks", None)] * bool(known)
                                                or [("text", None)]):

@@ -22,6 +22,8 @@ import itertools
 import json
 import math
 import os
+import re
+import shutil
 import sys
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields
@@ -35,7 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bpe import BadInput, Tokenizer, cli, hub, is_hub_name, replace_file
+from bpe import BEGINS, BadInput, Tokenizer, chat_stops, cli, hub, is_hub_name, read_json, replace_file
 
 try:  # comes with torch for CUDA
     import triton
@@ -120,6 +122,9 @@ class GPTConfig:
             for value in getattr(self, name).split(",") if name == "attn" else [getattr(self, name)]:
                 if value not in table:
                     refuse(f"{name}={value!r} is unknown", f"choose one of {', '.join(table)}")
+        for f in fields(self):
+            if f.type is int and (not isinstance(value := getattr(self, f.name), int) or value < 0):
+                refuse(f"{f.name}={value!r}", "it must be a whole number that is not negative")
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "share"):
             if getattr(self, name) < 1:
                 refuse(f"{name}={getattr(self, name)}", "it must be at least 1")
@@ -193,7 +198,7 @@ GPT3 = dict(GPT2, block_size=2048, attn="full,strided", window=128)
 LLAMA = dict(norm="rmsnorm", act="swiglu", pos="rope", qk_norm=False, embd_norm=False, init="gpt2")
 LLAMA1 = dict(LLAMA, vocab_size=32000, block_size=2048, norm_eps=1e-6)
 QWEN2 = dict(LLAMA, qkv_bias=True, norm_eps=1e-6, rope_theta=1e6)
-FALCON = dict(GPT2, place="parallel", act="gelu", pos="rope", bias=False, norm_bias=True)
+FALCON = dict(GPT2, block_size=2048, place="parallel", act="gelu", pos="rope", bias=False, norm_bias=True)
 BLOOM = dict(GPT2, pos="alibi", embd_norm=True)
 
 PRESETS = {
@@ -215,7 +220,7 @@ PRESETS = {
     "llama-7b": dict(LLAMA1, n_layer=32, n_head=32, n_embd=4096, n_hidden=11008),
     "llama-13b": dict(LLAMA1, n_layer=40, n_head=40, n_embd=5120, n_hidden=13824),
     "llama-30b": dict(LLAMA1, n_layer=60, n_head=52, n_embd=6656, n_hidden=17920),
-    "llama-65b": dict(LLAMA1, n_layer=80, n_head=64, n_embd=8192, n_hidden=22016),
+    "llama-65b": dict(LLAMA1, norm_eps=1e-5, n_layer=80, n_head=64, n_embd=8192, n_hidden=22016),
     "llama3-8b": dict(LLAMA, vocab_size=128256, block_size=8192, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096,
                       n_hidden=14336, rope_theta=5e5),
     "tinyllama-1.1b": dict(LLAMA, vocab_size=32000, block_size=2048, n_layer=22, n_head=32, n_kv_head=4,
@@ -1383,7 +1388,7 @@ def continuations(model, groups):
     """
     contexts, rows = [g[0] for g in groups], [row for g in groups for row in g[1]]
     counts, T = [*map(len, rows)], max(map(len, contexts))
-    if len(groups) > 1 and T + max(counts) - 1 > model.config.block_size:  # one's context, another's continuation
+    if len(groups) > 1 and T + max(counts) - 1 > model.context:  # one's context, another's continuation
         return [continuations(model, [g])[0] for g in groups]
     owner = torch.tensor([i for i, g in enumerate(groups) for _ in g[1]], device=model.device)
     lengths = torch.tensor([*map(len, contexts)], device=model.device)
@@ -1410,7 +1415,7 @@ def end_scores(model, groups, tokens=8192):
     """
     import data
     c, found = model.config, {}
-    share, T = shares_prompts(c), min(c.block_size, 2048)
+    share, T = shares_prompts(c), min(model.context, 2048)
     groups = [(p, [[*r, 0] for r in responses]) for p, responses in groups]  # the end token is read too
     T = max([T, *(len(p) - 1 + len(r) for p, responses in groups for r in responses)])
     for batch in data.micro_batches(groups, T, max(1, tokens // T), share):
@@ -1442,7 +1447,7 @@ class RewardModel:
 
     def __call__(self, prompts, answers):
         import data
-        T, groups = self.model.config.block_size, []
+        T, groups = self.model.context, []
         for prompt, answer in zip(prompts, answers):
             p, r = data.prompt_and_response(self.tokenizer, [{"role": "user", "content": prompt}], answer)
             groups.append((p[-max(1, T - len(r)):], [r[:T - 1]]))
@@ -1592,6 +1597,11 @@ class GPT(nn.Module):
         return next(itertools.chain(self.parameters(), self.buffers())).device  # quantized weights are buffers
 
     @property
+    def context(self):
+        """Tokens of text that fit: virtual ones stand before them."""
+        return self.config.block_size - (0 if self.virtual is None else self.virtual.tokens)
+
+    @property
     def head_weight(self):
         head = self.wte if self.head is None else self.head
         return head.effective() if hasattr(head, "effective") else head.weight  # lora.py's
@@ -1623,7 +1633,7 @@ class GPT(nn.Module):
             return lambda b, h, n, j: sees(b, h, i[n], j)
 
         def bent(score, b, h, i, j):
-            return score - slopes[h] * (i - j)
+            return score - slopes[h] * (i - j).abs()  # a prefix also looks ahead
 
         for kind in sorted(set(c.attn_kinds)):
             base = "full" if kind == "window" and keys <= c.window else kind
@@ -1694,7 +1704,7 @@ class GPT(nn.Module):
                            "tokens of a text, later ones too; train it with another router for that")
         static = cache is not None and cache.static  # then the engine has counted
         first = 0 if self.virtual is None else self.virtual.tokens
-        room = c.block_size - first if cache is None else min(c.block_size - first, cache.size) - cache.bound
+        room = self.context if cache is None else min(self.context, cache.size) - cache.bound
         if T > room and not static:
             raise BadInput(f"{T} tokens do not fit into the {room} left of the model's context of {c.block_size}: "
                            f"shorten the input, or train with a larger --block_size")
@@ -1836,7 +1846,7 @@ class GPT(nn.Module):
         """
         sampling = Sampling(**sampling)
         sampling.check()
-        ids, T, stop = [list(map(int, p)) for p in prompts], self.config.block_size, set(stop)
+        ids, T, stop = [list(map(int, p)) for p in prompts], self.context, set(stop)
         if min(map(len, ids), default=1) == 0:
             raise BadInput("the prompt is empty: give at least one token, for example <|endoftext|>")
         longest = max(map(len, ids), default=0)
@@ -1855,7 +1865,7 @@ class GPT(nn.Module):
             while busy := [s for s in range(n) if owner[s] is not None]:
                 fresh = [s for s in busy if held[s] in (0, T)]  # a new prompt, or a row that is full
                 if fresh:
-                    rows = [ids[owner[s]][-(T // 2):] if held[s] else ids[owner[s]] for s in fresh]
+                    rows = [ids[owner[s]][-max(1, T // 2):] if held[s] else ids[owner[s]] for s in fresh]
                     new = [s for s in fresh if not held[s]]
                     if new:
                         d.seeds[new] = torch.tensor([seeds[owner[s]] for s in new], device=self.device)
@@ -1909,7 +1919,7 @@ class GPT(nn.Module):
         Fields of Sampling say how a token is drawn; a row ends before an id of `stop`. seed: row i draws from stream
         seed + i, or give one seed a row; a row's draw does not depend on its batch. slots: so many rows at once, a row
         that has ended making room for the next. pick(logits (B, V), ids so far) -> (B,) replaces the whole choice.
-        compile: on CUDA, a step's kernels come from torch.compile.
+        compile: a step's blocks come from torch.compile, and on CUDA what stands behind them.
 
         Returns (list of lists of new ids, list of lists of their log-probabilities in nats under
         softmax(logits / temperature), before any cut; under softmax(logits) at temperature 0 or with pick).
@@ -1950,17 +1960,19 @@ class Sampling:
     presence_penalty: float = 0.0  # is subtracted from the logits of ids in the text so far
 
     def check(self):
-        if self.temperature < 0:
-            raise BadInput(f"--temperature {self.temperature} is negative: use 0 for the likeliest token, 1 for the "
-                           f"model's own")
+        if not (self.temperature == 0 or 1e-6 <= self.temperature < math.inf):
+            raise BadInput(f"--temperature {self.temperature}: use 0 for the likeliest token, 1 for the model's own "
+                           f"distribution, or another number above 1e-6")
         if self.top_k is not None and self.top_k < 1:
             raise BadInput(f"--top_k {self.top_k} leaves nothing to choose from: use 1 or more")
         for name in ("top_p", "min_p", "typical_p"):
             p = getattr(self, name)
             if p is not None and not 0 < p <= 1:
                 raise BadInput(f"--{name} {p} is not a probability: use a number above 0, at most 1")
-        if self.repetition_penalty <= 0:
+        if not 0 < self.repetition_penalty < math.inf:
             raise BadInput(f"--repetition_penalty {self.repetition_penalty} must be above 0: 1 changes nothing")
+        if not abs(self.presence_penalty) < math.inf:
+            raise BadInput(f"--presence_penalty {self.presence_penalty} is no number to subtract: 0 changes nothing")
 
     @property
     def penalized(self):
@@ -1972,8 +1984,8 @@ def process_logits(logits, seen=None, temperature=1.0, top_k=None, top_p=None, m
     """
     Logits (B, V) whose softmax is the distribution that is sampled, in this order: repetition penalty, presence
     penalty, temperature, top-k, top-p, min-p, typical; an id that is cut has -inf. seen (B, V) counts each id in the
-    row so far, its prompt included. At temperature 0 only the penalties apply. Fields of Sampling; at least the
-    likeliest id stays.
+    row so far, its prompt included. At temperature 0 only the penalties apply. Fields of Sampling; at least one id
+    stays, and the likeliest but under typical_p.
     """
     if repetition_penalty != 1:
         bent = torch.where(logits < 0, logits * repetition_penalty, logits / repetition_penalty)
@@ -2016,7 +2028,7 @@ def invert(p, u):
     part = (sums <= goal).sum(-1, keepdim=True).clamp(max=sums.shape[1] - 1)
     inside = parts.gather(1, part.unsqueeze(-1).expand(-1, -1, 256)).squeeze(1)
     cdf = inside.cumsum(-1)
-    goal = goal - (sums.gather(1, part) - cdf[:, -1:])
+    goal = (goal - (sums.gather(1, part) - cdf[:, -1:])).clamp(min=0)  # less, by rounding, would pass nothing
     last = (torch.arange(256, device=p.device) * (inside > 0)).amax(-1)  # rounding may not pass what is possible
     return part.squeeze(1) * 256 + torch.minimum((cdf <= goal).sum(-1), last)
 
@@ -2168,7 +2180,7 @@ def flops_per_token(model, T):
     return 6 * count_parameters(model)[1] + 12 * c.n_layer * c.n_head * c.head_dim * T
 
 
-# Dense bf16 peaks, FLOP/s, from the vendors' data sheets; the first name that occurs in the device's wins.
+# Dense bf16 peaks, FLOP/s, from the vendors' data sheets; the first name that stands in the device's wins.
 PEAK_FLOPS = [
     ("GB200", 2500e12), ("B200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12),
     ("H100", 989e12), ("A100", 312e12), ("A800", 312e12), ("A6000", 155e12), ("A10G", 70e12), ("L40S", 362e12),
@@ -2182,7 +2194,8 @@ def peak_flops(device):
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS if part in name), None)
+    known = (peak for part, peak in PEAK_FLOPS if re.search(rf"\b{part}\b(?! Ti| D\b)", name) and "Laptop" not in name)
+    return next(known, None)
 
 
 def peak_memory(device):
@@ -3007,7 +3020,7 @@ def check_layout(c, process, T):
     if c.prefix_lm and (pp > 1 or cp > 1):
         raise BadInput("a prefix-LM's rows have masks of their own, which --pp and --cp do not pass on: use --tp or "
                        "fsdp")
-    if T % (2 * cp):
+    if cp > 1 and T % (2 * cp):
         raise BadInput(f"--cp {cp} cuts the sequence into {2 * cp} chunks: use a --block_size that is a multiple of "
                        f"that, which {T} is not")
     if pp > c.n_layer:
@@ -3488,7 +3501,8 @@ class Pipeline:
         p = self.process
         if self.model.cp is not None:
             x, y = x[:, self.model.places], y[:, self.model.places]
-        if self.schedule is None:
+        if self.schedule is None or self.count != count:  # a growing batch
+            self.count = count
             B, T = len(x) // count, x.shape[1]
             h = self.hidden(B, T)
             stage = PipelineStage(self.model, self.stage, p.pp, p.device, group=p.groups["pp"],
@@ -3615,6 +3629,36 @@ def save_run(out, model, run, weights=None):
         json.dump({"config": asdict(model.config), **run}, f, indent=1)
 
 
+def check_out(out, needed=None):
+    """
+    What start_run does with what is there: "move" a finished run, "remove" one that ended before its first save, or
+    None. Raises BadInput where other files would be lost, or `needed`, a folder that this run reads.
+    """
+    out = Path(out).resolve()
+    old = out.with_name(out.name + ".old")
+    if needed and Path(needed).exists() and {out, old} & {Path(needed).resolve(), *Path(needed).resolve().parents}:
+        raise BadInput(f"--out {out} would take the place of {needed}, which is read: give another folder")
+    names = [p.name for p in out.iterdir()] if out.is_dir() else []
+    if {"run.json", "config.json", "model.safetensors"} & {*names}:
+        return "move"
+    begun = (".", "log.", "optim", "pairs", "reference", "tokenizer.")
+    if out.is_file() or not all(name.startswith(begun) for name in names):
+        raise BadInput(f"--out {out} is there and is no run: give another folder, or move that one away")
+    return "remove" if names else None
+
+
+def start_run(out, needed=None):
+    """An empty run directory; a finished run that was there moves to OUT.old."""
+    fate, out = check_out(out, needed), Path(out).resolve()
+    old = out.with_name(out.name + ".old")
+    if fate == "move":
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    elif fate == "remove":
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+
+
 def load_run(path, device="cpu", dtype=torch.float32):
     """The model of a run directory, its weights and activations in dtype, and the contents of run.json."""
     path = Path(path)
@@ -3670,7 +3714,7 @@ def build_model(config, tensors, source, device="cpu", dtype=torch.float32, quan
 def newest_run(root="out", fits=lambda run: True):
     """The run directory under `root` that was saved last, of those whose run.json `fits`."""
     runs = sorted(Path(root).glob("*/run.json"), key=lambda p: p.stat().st_mtime)
-    runs = [path for path in runs if fits(json.loads(path.read_text()))]
+    runs = [path for path in runs if fits(read_json(path))]
     if not runs:
         raise BadInput(f"no run under {root}/ yet: train one first with python train.py, or give --init DIR")
     return runs[-1].parent
@@ -3721,7 +3765,8 @@ def read_rope(hf):
     low, high = ("beta_slow", "beta_fast") if kind == "yarn" else ("low_freq_factor", "high_freq_factor")
     return dict(rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))), rope_scaling=scaling,
                 rope_factor=float(rope.get("factor") or 1), rope_low=float(rope.get(low) or 1),
-                rope_high=float(rope.get(high) or 0), rope_attn=float(rope.get("attention_factor") or 0),
+                rope_high=float(rope.get(high) or 0),
+                rope_attn=float(kind == "yarn" and rope.get("attention_factor") or 0),
                 rope_original=rope.get("original_max_position_embeddings") or 0)
 
 
@@ -3752,7 +3797,7 @@ def write_llama(c):
 def read_mistral(hf):
     window = hf.get("sliding_window", 4096)
     return read_llama(hf) | (dict(attn="window", window=window) if window else {}) \
-        | dict(n_kv_head=hf.get("num_key_value_heads", 8))
+        | dict(n_kv_head=hf.get("num_key_value_heads", 8), bias=False, mlp_bias=False)
 
 
 def write_mistral(c):
@@ -3762,12 +3807,12 @@ def write_mistral(c):
 def read_qwen2(hf):
     window, n = hf.get("sliding_window"), hf["num_hidden_layers"]
     if not (window and hf.get("use_sliding_window")):
-        return read_llama(hf) | dict(qkv_bias=True)
+        return read_llama(hf) | dict(bias=False, qkv_bias=True, mlp_bias=False)
     full = hf.get("max_window_layers", 28)
     kinds = hf.get("layer_types") or ["full_attention"] * min(full, n) + ["sliding_attention"] * max(0, n - full)
     kinds = ["window" if kind == "sliding_attention" else "full" for kind in kinds]
     attn = kinds[0] if len(set(kinds)) == 1 else ",".join(kinds)
-    return read_llama(hf) | dict(attn=attn, window=window, qkv_bias=True)
+    return read_llama(hf) | dict(attn=attn, window=window, bias=False, qkv_bias=True, mlp_bias=False)
 
 
 def write_qwen2(c):
@@ -3778,7 +3823,7 @@ def write_qwen2(c):
 
 
 def read_qwen3(hf):
-    return read_qwen2(hf) | dict(qkv_bias=None, head_dim=hf.get("head_dim", 128))
+    return read_qwen2(hf) | dict(bias=bool(hf.get("attention_bias")), qkv_bias=None, head_dim=hf.get("head_dim", 128))
 
 
 def read_router(hf, norm):
@@ -3796,8 +3841,7 @@ def write_router(c, norm=True):
 
 
 def read_mixtral(hf):
-    window = dict(attn="window", window=hf["sliding_window"]) if hf.get("sliding_window") else {}
-    return read_llama(hf) | window | read_router(hf, True) | dict(n_kv_head=hf.get("num_key_value_heads", 8))
+    return read_mistral({"sliding_window": None, "rope_theta": 1e6, **hf}) | read_router(hf, True)
 
 
 def write_mixtral(c):
@@ -3812,10 +3856,12 @@ def read_qwen_moe(hf):
                        f"layers, and a multiple of an expert's {width}, are supported")
     if hf.get("use_sliding_window"):
         raise BadInput("config.json of a Qwen mixture of experts with a sliding window is not supported")
-    own = dict(qkv_bias=hf.get("qkv_bias", True), shared_gate=True) if shared else {}
+    own = dict(bias=False, qkv_bias=hf.get("qkv_bias", True)) if hf["model_type"] == "qwen2_moe" else {}
+    own |= dict(shared_gate=True) if shared else {}
     own |= {"n_expert": hf["num_local_experts"]} if hf.get("num_local_experts") else {}  # transformers 5's name
     return read_llama(hf) | read_router(hf, hf.get("norm_topk_prob", False)) | own | dict(
-        n_expert_shared=shared // width, moe_first=len(dense), moe_every=hf.get("decoder_sparse_step", 1))
+        n_expert_shared=shared // width, moe_first=len(dense), moe_every=hf.get("decoder_sparse_step", 1),
+        mlp_bias=False)
 
 
 def write_qwen_moe(c):
@@ -3828,7 +3874,7 @@ def write_qwen_moe(c):
 def read_olmoe(hf):
     if hf.get("clip_qkv"):
         raise BadInput("config.json clips queries, keys and values, which is not supported")
-    return read_llama(hf) | read_router(hf, hf.get("norm_topk_prob", False))
+    return read_llama(hf) | read_router(hf, hf.get("norm_topk_prob", False)) | dict(mlp_bias=False)
 
 
 def write_olmoe(c):
@@ -3849,7 +3895,7 @@ def read_opt(hf):
     if hf.get("_remove_final_layer_norm") or not hf.get("layer_norm_elementwise_affine", True):
         raise BadInput("config.json leaves norms or their gains out, which is not supported")
     return dict(act=lookup(HF_ACT, hf.get("activation_function", "relu"), "activation_function"),
-                place="pre" if hf.get("do_layer_norm_before", True) else "post", norm_eps=1e-5)
+                place="pre" if hf.get("do_layer_norm_before", True) else "post", norm_eps=1e-5, norm_bias=True)
 
 
 def read_falcon(hf):
@@ -3934,6 +3980,9 @@ def from_hf_config(hf):
     """GPTConfig of a config.json, read as a dict."""
     family = lookup(FAMILIES, hf.get("model_type"), "model_type")
     try:
+        if hf["model_type"] == "bloom":  # transformers reads these names too
+            hf = {new: hf[old] for old, new in (("n_embed", "hidden_size"), ("num_attention_heads", "n_head"))
+                  if old in hf} | hf
         same = {ours: hf[theirs] for ours, theirs in family.fields.items()
                 if ours in ("vocab_size", "n_layer", "n_head", "n_embd") or hf.get(theirs) is not None}
         return GPTConfig(**{**family.base, **same, **family.read(hf)})
@@ -3949,10 +3998,10 @@ def canonical(c):
     if c.rope_scaling == "ntk":
         d |= {"rope_theta": rope_theta(c), "rope_scaling": "none"}
     used = {"none": 0, "ntk": 0, "linear": 1}.get(d["rope_scaling"], 6) if c.pos == "rope" else -1
-    for name in ("rope_theta", "rope_factor", "rope_original", "rope_low", "rope_high", "rope_attn")[used + 1:]:
+    for name in ("rope_theta", "rope_factor", "rope_original", "rope_low", "rope_high")[used + 1:]:
         del d[name]
     if c.pos != "rope":
-        del d["rope_dim"], d["rope_scaling"]
+        del d["rope_dim"], d["rope_scaling"], d["rope_attn"]
     if not c.qk_norm or c.n_head == c.n_kv_head == 1:
         del d["qk_norm_all"]
     return canonical_experts(c, d) | {"attn_kinds": c.attn_kinds}
@@ -4110,7 +4159,7 @@ def shard_files(path):
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{index} cannot be read ({error!r}): download it again") from None
     for file in files:
-        if Path(file).name != file or not (path / file).exists():
+        if not isinstance(file, str) or Path(file).name != file or not (path / file).exists():
             raise BadInput(f"{path} lacks {file}, a shard that its index names: download it again")
     return {path / file: names for file, names in files.items()}
 
@@ -4132,7 +4181,7 @@ def load_hf(path, device="cpu", dtype=torch.float32):
     try:
         hf = json.loads((path / "config.json").read_text())
         config = from_hf_config(hf)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         if isinstance(error, BadInput):
             raise BadInput(f"{path}: {error}") from None
         raise BadInput(f"{path}/config.json cannot be read ({error}): download it again") from None
@@ -4155,13 +4204,18 @@ def save_hf(out, model, tokenizer=None, dtype=None, shard_bytes=5e9):
         [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards):
         save_safetensors({name: tensors[name] for name in names}, out / file, {"format": "pt"})
+    for old in {*out.glob("model*.safetensors*")} - {out / file for file in files}:  # of an export before this one
+        old.unlink()
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
         with replace_file(out / "model.safetensors.index.json", "w") as f:
             json.dump({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, f, indent=1)
     if tokenizer is not None:
         tokenizer.export(out)
-        hf |= {} if tokenizer.eot is None else {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
+        begins = [tokenizer.special[name] for name in BEGINS if name in tokenizer.special]
+        ends = sorted(chat_stops(tokenizer)) if tokenizer.chat else [] if tokenizer.eot is None else [tokenizer.eot]
+        hf |= {"bos_token_id": begins[0]} if begins else {}
+        hf |= {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
     hf["dtype"] = hf["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     with replace_file(out / "config.json", "w") as f:
         json.dump(hf, f, indent=1)
@@ -4173,8 +4227,11 @@ def load_llama2c(path, device="cpu", dtype=torch.float32):
     if len(data) < 7:
         raise BadInput(f"{path} is too short for a llama2.c model: copy it again")
     n_embd, n_hidden, n_layer, n_head, n_kv_head, vocab_size, block_size = data[:7].view(torch.int32).tolist()
-    config = GPTConfig(**LLAMA, vocab_size=abs(vocab_size), block_size=block_size, n_layer=n_layer, n_head=n_head,
-                       n_kv_head=n_kv_head, n_embd=n_embd, n_hidden=n_hidden, tied=vocab_size > 0)
+    try:
+        config = GPTConfig(**LLAMA, vocab_size=abs(vocab_size), block_size=block_size, n_layer=n_layer, n_head=n_head,
+                           n_kv_head=n_kv_head, n_embd=n_embd, n_hidden=n_hidden, tied=vocab_size > 0)
+    except BadInput as error:
+        raise BadInput(f"{path} is no llama2.c model ({error}): copy it again") from None
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in GPT(config).state_dict().items()}
     start, tensors = 7, {}
@@ -4218,6 +4275,8 @@ def info(args):
     default = {f.name: f.default for f in fields(GPTConfig)}
     for name, value in asdict(model.config).items():
         print(f"{name:14} {value}" + ("" if value == default[name] else "  *"))
+    if not any(isinstance(m, Linear) for m in model.modules()):  # quantized: the float model's sizes
+        model = meta_model(model.config)
     total, matmul = count_parameters(model)
     T = model.config.block_size
     active = ""
@@ -4238,11 +4297,18 @@ def params(args):
 
 def convert(args):
     """import: into a run directory of ours; export: into a Hugging Face directory."""
-    model = GPT.from_pretrained(args.name, dtype=None if args.dtype == "auto" else getattr(torch, args.dtype))
+    from lora import plain  # an adapter goes into the weights, or says why it cannot
+    path, out = Path(args.name) / "run.json", Path(args.out)
+    if path.exists() and read_json(path).get("quantize"):
+        raise BadInput(f"{args.name} is quantized: {args.command} the run that it was made from")
+    if args.command == "export" and (out / "run.json").exists():
+        raise BadInput(f"--out {out} is a run, which an export would overwrite: give another folder")
+    model = plain(args.name, dtype=None if args.dtype == "auto" else getattr(torch, args.dtype))
     tokenizer = Tokenizer.from_pretrained(args.name)
     if args.command == "export":
         save_hf(args.out, model, tokenizer)
     else:
+        start_run(out, args.name)
         save_run(args.out, model, {"stage": "import", "step": 0, "metrics": {}, "args": vars(args) | {"run": None},
                                    "tokenizer": tokenizer.spec()})
         tokenizer.save(args.out)

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import time
 from contextlib import contextmanager, nullcontext
@@ -31,9 +30,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import data
 import moe
 from bpe import BadInput, cli, replace_file
-from model import (GPT, GPTConfig, PARALLEL, PRESETS, AdamW8bit, adamw_groups, all_reduce, check_layout,
+from model import (GPT, GPTConfig, PARALLEL, PRESETS, AdamW8bit, adamw_groups, all_reduce, check_layout, check_out,
                    count_parameters, flops_per_token, init_roughly, init_weights, load_run, load_safetensors,
-                   meta_model, peak_flops, peak_memory, save_run, setup_process, shard, uniform, use_float8)
+                   meta_model, peak_flops, peak_memory, save_run, setup_process, shard, start_run, uniform, use_float8)
 from quantize import use_qat
 
 # -----------------------------------------------------------------------------
@@ -415,6 +414,8 @@ class Trainer:
         if not self.sharded.plain:
             self.model.zero_grad()
         self.scaler.update()
+        for layer in moe.layers(self.model):
+            layer.load.zero_()
 
     def _micro_step(self, x, y, last=True, prefix=None):
         if self.sharded.pipeline is not None:  # it takes them all at once
@@ -439,8 +440,10 @@ class Trainer:
         self.norm.copy_(self.sharded.reduce(self.grad_clip))
 
     def _apply(self):
+        finite = not self.scaler.is_enabled() or math.isfinite(self.norm.item())  # the scaler asks each by itself
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+            if finite:
+                self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=self.graphs is None)
         self.sharded.publish()
         self.scaler.update()
@@ -509,7 +512,8 @@ class Trainer:
 
     def load_state_dict(self, state):
         self.sharded.load_state_dict(state, self.optimizers)
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         for name, b in self.buffers.items():
             b.copy_(state["buffers"][name])
         with torch.no_grad():
@@ -650,7 +654,7 @@ def split_batch(args, T, process):
     limit = 65536 if process.device.type == "cuda" else 16384  # tokens that one forward pass may hold
     most = max(1, min(rows, limit * process.cp // T, rows // (4 * process.pp) if process.pp > 1 else rows))
     micro = args.micro_batch or next(m for m in range(most, 0, -1) if rows % m == 0)
-    if rows % micro:
+    if micro < 1 or rows % micro:
         fits = [m for m in range(1, rows + 1) if rows % m == 0]
         raise BadInput(f"--micro_batch {micro} does not divide the {rows} rows of a process: use one of {fits}")
     return rows * process.dp_world, micro, rows // micro
@@ -686,22 +690,15 @@ def save_optim(out, trainer, process, sharded, **rest):
     return state.get("model", {}) | {name: b.cpu() for name, b in trainer.buffers.items()}
 
 
-def start_run(out):
-    """An empty run directory; a finished run that was there moves to OUT.old."""
-    old = out.with_name(out.name + ".old")
-    if (out / "model.safetensors").exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    elif out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
-
-
 def report(model, tokenizer, folders, say):
     """Ask the model what its corpora can check, show a few samples, and return the metrics."""
     metrics = {}
     for name, (_, folder) in folders.items():
         for metric, rows in json.loads((folder / "checks.json").read_text()).items():
+            rows = [row for row in rows if len(tokenizer.encode(row["prompt"])) < model.config.block_size]
+            if not rows:
+                say(f"{metric}: no question about {name} fits into the context")
+                continue
             metrics[metric], answers = data.exact_match(model, tokenizer, rows)
             say(f"{metric}: {metrics[metric]:.1%} of {len(rows)} questions about {name}, for example")
             for row, answer in list(zip(rows, answers))[:: max(1, len(rows) // 3)][:3]:
@@ -726,6 +723,8 @@ def make_trainer(args, config, process, micro, accumulate, init):
         if args.tp > 1 or args.fp8:
             raise BadInput(f"--quantize {args.quantize} rounds whole matrices in float: leave --tp and --fp8 out")
         use_qat(model, args.quantize)
+    if args.graphs and device.type != "cuda":
+        raise BadInput("--graphs records steps as CUDA graphs, and this device has none: leave it out")
     if config.prefix_lm and args.graphs:
         raise BadInput("--graphs records one mask, but with --prefix_lm each row has its own: leave --graphs out")
     graphs = device.type == "cuda" and process.world == 1 and dtype != torch.float16
@@ -780,6 +779,13 @@ def main():
     process = setup_process(args.device, args)
     if args.bench:
         return bench(args, process)
+    for name in ("log_every", "spike_window"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name} {getattr(args, name)}: give 1 or more")
+    if args.seed < 0:
+        raise BadInput(f"--seed {args.seed} is negative: give 0 or more")
+    if not args.resume:
+        check_out(args.out)
     device, main_process = process.device, process.rank == 0
     say = print if main_process else lambda *a, **k: None
     started = time.time()
@@ -822,12 +828,12 @@ def main():
         step, best, past, logged = saved["step"], saved["best"], saved["past"], saved["log"]
         del saved  # lets go of the file, which the next save replaces
     if main_process:
+        if not args.resume:
+            start_run(out)
+        tokenizer.save(out)
+        log = open(out / "log.jsonl", "a")
         if args.resume:  # the log goes back to what was written before the save
             os.truncate(out / "log.jsonl", min(logged, (out / "log.jsonl").stat().st_size))
-        else:
-            start_run(out)
-            tokenizer.save(out)
-        log = open(out / "log.jsonl", "a")
     peak = peak_flops(device)
     active = f"{(total - moe.idle_parameters(counted)) / 1e6:.2f}M active, " if config.n_expert else ""
     say(f"{total / 1e6:.2f}M parameters, {active}{matmul / 1e6:.2f}M in matrix products; {rows} rows x {T} tokens a "
@@ -873,7 +879,7 @@ def main():
                            args=vars(args), config=vars(config), corpus=corpus,
                            log=(out / "log.jsonl").stat().st_size if main_process else 0)
         if weights and trainer.ema and not trainer.sharded.plain:
-            whole = trainer.whole_ema()
+            whole = whole | trainer.whole_ema()
         if weights and main_process:
             folders = [out] + [out / f"step-{step:06}"] * (args.keep == "all")
             with trainer.averaged():
@@ -956,7 +962,7 @@ def main():
             trainer.parts.fill_((T - (lengths - 1).clamp(min=0)).sum().item() / process.dp_world)
         elif levels > 1:
             trainer.parts.fill_(accumulate * level)
-        if config.dropout:  # masks too are a function of (seed, step, rank)
+        if config.dropout or config.n_expert:  # masks too are a function of (seed, step, rank)
             torch.manual_seed(hash((args.seed, step, process.rank)) % 2 ** 32)
         for i in range(accumulate * level):
             batch, prefix = (t if t is None else t.to(device, non_blocking=True) for t in next(stream))
@@ -1017,7 +1023,7 @@ def main():
         elif args.keep == "best":
             model.load_state_dict(load_safetensors(out / "model.safetensors"))
         elif trainer.ema:
-            model.load_state_dict(trainer.ema)
+            model.load_state_dict(trainer.ema, strict=False)
         if not (config.n_expert and config.router == "expert_choice"):  # which cannot generate
             metrics = metrics | report(model, tokenizer, folders, say)
         if timed[0]:

@@ -27,7 +27,7 @@ import shutil
 import sys
 import threading
 import time
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -193,13 +193,16 @@ def prepare(spec, tokenizer=None, vocab_size=1024, input=None, root=None):
     for name, module in ready.items():  # another choice of shards is another folder
         folders[name] = folders[name].with_name(f"{label}-{hashlib.sha256(str(input).encode()).hexdigest()[:8]}")
     metas = {name: _read_json(folder / "meta.json") for name, folder in folders.items()}
-    if all(metas[name] and metas[name]["made_from"] == made for name in names):
+    if all(metas[name] and metas[name]["made_from"] == made and is_whole(folders[name], metas[name]["tokens"])
+           for name in names):
         return {name: (weights[name], folders[name]) for name in names}, Tokenizer.load(folders[names[0]])
 
     start = time.time()
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.train(_texts(names, input), vocab_size, digits=True,
-                                    kind="char" if tokenizer == "char" else "bpe")
+        texts = _texts(names, input)
+        if tokenizer == "char":  # every character that is ever asked
+            texts = chain(texts, (text for name in names for text, _ in _documents(name, "val", input)))
+        tokenizer = Tokenizer.train(texts, vocab_size, digits=True, kind="char" if tokenizer == "char" else "bpe")
         print(f"tokenizer: {tokenizer.n_vocab} ids, trained in {time.time() - start:.1f} s")
     for name, final in folders.items():
         folder = final.with_name(f".{final.name}.{os.getpid()}.part")  # complete before it takes its place
@@ -229,6 +232,14 @@ def prepare(spec, tokenizer=None, vocab_size=1024, input=None, root=None):
         print(f"{name}: {tokens['train']:,} + {tokens['val']:,} tokens "
               + (f"of {sum(size.values()):,} bytes " if size else "") + f"in {time.time() - start:.1f} s")
     return {name: (weights[name], folders[name]) for name in names}, tokenizer
+
+
+def is_whole(folder, tokens):
+    """Do the token files hold what meta.json says? A deleted or damaged one is made again."""
+    try:
+        return all(len(open_tokens(folder / f"{split}.bin")) == n for split, n in tokens.items())
+    except BadInput:
+        return False
 
 
 def link_tokens(folder, shards, n_vocab):
@@ -586,11 +597,9 @@ def number(text):
 
 
 def is_right(text, answer):
-    """Does an answer agree with the known one: the last number, where that comes after GSM8K's ####, or all of it."""
+    """Does an answer agree with the known one: its number, where that comes after GSM8K's ####, or all of it."""
     if "####" in answer:
-        known = answer.split("####")[-1].strip().replace(",", "")
-        numbers = re.findall(r"-?\d[\d,]*\.?\d*", text)
-        return bool(numbers) and numbers[-1].replace(",", "").rstrip(".") == known
+        return number(text) == number(answer) is not None
     return text.strip() == answer.strip()
 
 
@@ -633,6 +642,8 @@ def read_preferences(path, limit=0, strict=True):
         with contextlib.closing(text.unpacked(path)) if path.is_file() else contextlib.nullcontext() as file:
             try:
                 numbered = enumerate(json.load(file), 1)
+            except text.UNREADABLE as error:
+                raise text.unreadable(path, error) from None
             except (ValueError, TypeError, AttributeError):
                 raise BadInput(f"{path} is not a list of JSON objects: give a .jsonl file, an object a line, or such a "
                                f"list") from None
@@ -640,7 +651,7 @@ def read_preferences(path, limit=0, strict=True):
     for number, row in islice(numbered, limit or None):
         try:
             rows.append(preference(row))
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             if not strict:
                 left_out += 1
                 continue
@@ -813,6 +824,16 @@ def answer_text(tokenizer, ids):
     """What an answer says, without special tokens."""
     special = set(tokenizer.special.values())
     return tokenizer.decode([i for i in ids if i not in special])
+
+
+def batch_indices(n, batch, step, seed):
+    """Which of n examples a step takes: consecutive parts of shuffled epochs, a function of (seed, step) alone."""
+    batch = min(batch, n)
+    at, rest = divmod(step * batch, n)
+    order = np.random.default_rng([seed, at]).permutation(n).tolist()[rest:]
+    if len(order) < batch:
+        order += np.random.default_rng([seed, at + 1]).permutation(n).tolist()
+    return order[:batch]
 
 
 def read_tasks(name, split, n, input=None):

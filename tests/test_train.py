@@ -21,7 +21,8 @@ import train as T
 from bpe import BadInput, Tokenizer
 from conftest import ROOT, package
 from data import fineweb, tinystories
-from model import GPT, GPTConfig, Process, init_weights, linear_cross_entropy, load_run, load_safetensors
+from model import (GPT, GPTConfig, Process, init_weights, linear_cross_entropy, load_run, load_safetensors,
+                   start_run)
 from quantize import dynamic_code
 
 CPU = Process(torch.device("cpu"), 0, 1)
@@ -883,3 +884,73 @@ def test_a_full_disk_while_saving_is_one_sentence(tmp_path):
     done = subprocess.run([sys.executable, "-c", limited, *SMALL, "--steps", "1", "--out", str(tmp_path / "run")],
                           capture_output=True, text=True)
     assert done.returncode == 2 and "could not be written" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_out_takes_the_place_of_a_run_and_of_nothing_else(tmp_path):
+    precious = tmp_path / "precious"
+    (precious / "notes").mkdir(parents=True)
+    (precious / "notes" / "thesis.txt").write_text("years")
+    (tmp_path / "file").write_text("x")
+    for out in (precious, tmp_path / "file", tmp_path):
+        with pytest.raises(BadInput, match="is no run"):
+            start_run(out)
+    assert (precious / "notes" / "thesis.txt").read_text() == "years"
+    for name in ("run.json", "model.safetensors"):
+        run = tmp_path / name / "run"
+        run.mkdir(parents=True)
+        (run / name).write_text("first")
+        start_run(run)
+        assert not any(run.iterdir()) and (run.with_name("run.old") / name).read_text() == "first"
+        (run / "log.jsonl").write_text("{}")  # begun, not saved
+        start_run(run)
+        assert not any(run.iterdir()) and (run.with_name("run.old") / name).read_text() == "first"
+    for needed in (run, run.with_name("run.old")):
+        with pytest.raises(BadInput, match="is read"):
+            start_run(run, needed)
+
+
+def test_in_float16_an_overflow_in_one_optimizer_stops_all_of_them():
+    trainer, step = small_trainer("--dtype", "float16", "--grad_clip", 0, dtype=torch.float16)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for i in range(3):
+        step(i)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    hook = trainer.model.wte.weight.register_hook(lambda g: torch.full_like(g, math.inf))
+    step(3)
+    hook.remove()
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    step(4)
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("router", ["noisy", "switch", "gshard"])
+def test_routers_that_draw_are_resumed_exactly(router, tmp_path, monkeypatch):
+    active = {"switch": 1}.get(router, 2)
+    flags = [*SMALL, "--n_expert", 4, "--n_expert_active", active, "--router", router, "--schedule", "constant"]
+    here(monkeypatch, *flags, "--steps", 4, "--out", tmp_path / "whole")
+    here(monkeypatch, *flags, "--steps", 2, "--out", tmp_path / "half")
+    here(monkeypatch, "--resume", "--steps", 4, "--out", tmp_path / "half")
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole")
+
+
+def test_an_average_of_a_sigmoid_routers_model_keeps_its_biases(tmp_path, monkeypatch):
+    here(monkeypatch, *SMALL, "--n_expert", 4, "--router", "sigmoid", "--ema", 0.5, "--steps", 3, "--out",
+         tmp_path / "run")
+    assert load_run(tmp_path / "run")[0].blocks[0].mlp.router.bias.abs().sum() > 0
+
+
+def test_token_files_that_were_deleted_or_cut_are_made_again(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("the cat sat on the mat. " * 200)
+    folders, _ = data.prepare("text", "char", None, str(tmp_path / "t.txt"), root=tmp_path / "data")
+    file = folders["text"][1] / "train.bin"
+    whole = file.read_bytes()
+    for damage in (file.unlink, lambda: file.write_bytes(whole[:1500])):
+        damage()
+        data.prepare("text", "char", None, str(tmp_path / "t.txt"), root=tmp_path / "data")
+        assert file.read_bytes() == whole
+
+
+def test_an_odd_context_needs_no_context_parallelism(tmp_path, monkeypatch):
+    here(monkeypatch, *SMALL, "--block_size", 31, "--batch_tokens", 248, "--steps", 1, "--out", tmp_path / "odd")
+    assert load_run(tmp_path / "odd")[0].config.block_size == 31

@@ -58,7 +58,7 @@ def prefill(model, prompts, new):
     T = max(map(len, prompts), default=0)
     if min(map(len, prompts), default=0) == 0:
         raise BadInput("the prompt is empty: give at least one token, for example <|endoftext|>")
-    new = min(new, model.config.block_size + 1 - T)  # the last token is not read any more
+    new = min(new, model.context + 1 - T)  # the last token is not read any more
     lengths = torch.tensor([*map(len, prompts)], device=model.device)
     cache = KVCache(model.config, len(prompts), max(T, T + new - 1), model.device, model.compute_dtype)
     x = model.trunk(pad(prompts, model.device), cache=cache, prefix=lengths if model.config.prefix_lm else None)
@@ -180,7 +180,7 @@ def choice_scores(model, prompts):
     choices share is computed once, then all of them in one pass over its cache. Where one choice begins another, the
     probability of the longer is part of the shorter's.
     """
-    groups, T = [], model.config.block_size
+    groups, T = [], model.context
     for ids, rows in prompts:
         shared = min(len(os.path.commonprefix([ids, *rows])), *(len(row) - 1 for row in rows))
         if shared < 1:
@@ -322,7 +322,7 @@ class Speculator:
             if d is self.target:
                 self.hidden.copy_(hidden)
             d.cache.even, d.cache.static = False, device.type == "cuda"
-            d.cache.compiled = self.compile and d.model.fuses(2)
+            d.cache.compiled = self.compile and (device.type == "cpu" or d.model.fuses(2))
         self.target.seeds.copy_(torch.tensor(seeds))
         self.target.drawn.zero_()
         self.target.choose()
@@ -481,9 +481,9 @@ def speculate(model, drafter, prompts, max_new_tokens=100, stop=(), k=4, seed=0,
                        f"{model.config.vocab_size}: both need the same tokenizer")
     nodes = len(drafter.tree.depth) if isinstance(drafter, MedusaHeads) else k + 1
     for m in (model, drafter) if isinstance(drafter, GPT) else (model,):
-        if max(map(len, rows)) + max_new_tokens + nodes > m.config.block_size:
+        if max(map(len, rows)) + max_new_tokens + nodes > m.context:
             raise BadInput(f"speculative decoding stays inside the context: {max(map(len, rows))} tokens, "
-                           f"{max_new_tokens} new and {nodes} guessed are more than {m.config.block_size}; lower "
+                           f"{max_new_tokens} new and {nodes} guessed are more than {m.context}; lower "
                            f"--max_new_tokens or leave --draft out")
     seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed + i for i in range(len(rows))]
     training, stop, told = model.training, set(stop), [*map(len, rows)]
@@ -682,17 +682,17 @@ def roofline(model, prompts, prefill, decode, made, args):
     One line: tokens/s of the prompts and of what was decoded (`made` ids in `decode` seconds), the bytes that a token
     took, and the bandwidth that this needs, also as a share of what a plain sum over memory reaches here.
     """
-    total, rows, guesses = sum(map(len, prompts)), len(prompts), ""
-    steps = made / rows
+    held, rows, kept_share = sum(map(len, prompts)), len(prompts), ""
+    steps, total = made / rows, sum(map(len, set(map(tuple, prompts))))  # equal rows are computed once
     if args.drafter and made:
         rounds, kept = args.guessed["rounds"], args.guessed["kept"]
-        steps, guesses = rounds / rows, f", {kept / rounds:.2f} of {args.guessed['guesses']} guesses kept a round"
+        steps, kept_share = rounds / rows, f", {kept / rounds:.2f} of {args.guessed['guesses']} guesses kept a round"
     line = f"prefill {total / prefill:,.0f} tokens/s; {made + rows} tokens, {made / max(decode, 1e-9):,.0f} tokens/s"
     if not made:
         return line
-    moved, best = bytes_per_step(model, rows, (total + made / 2) / rows), read_bandwidth(model.device)
+    moved, best = bytes_per_step(model, rows, (held + made / 2) / rows), read_bandwidth(model.device)
     rate = moved * steps / decode
-    return (f"{line}{guesses}; {moved * steps / made / 1e6:,.1f} MB a token, {rate / 1e9:,.1f} GB/s, "
+    return (f"{line}{kept_share}; {moved * steps / made / 1e6:,.1f} MB a token, {rate / 1e9:,.1f} GB/s, "
             f"{rate / best:.0%} of the {best / 1e9:,.1f} that a sum reads here")
 
 
@@ -901,10 +901,14 @@ class Asker:
 
     def fitting(self, question, shots, room):
         """The last of the shots, as many as leave `room` tokens of the context."""
-        for first in range(len(shots) + 1):
-            size = len(self.ids(question, shots[first:])) + room
-            if size <= self.T:
-                return shots[first:]
+        for many in range(len(shots) + 1):
+            size = len(self.ids(question, shots[len(shots) - many:])) + room
+            if size > self.T:
+                if many:
+                    return shots[len(shots) - many + 1:]
+                break
+        else:
+            return shots
         raise BadInput(f"the prompt has {size - room} tokens, and {room} more are to come: more than the model's "
                        f"context of {self.T}; shorten it, or lower --max_new_tokens")
 
@@ -925,7 +929,7 @@ def beginning(tokenizer):
 def embed(model, tokenizer, texts, batch=16):
     """The model's own embedding of each text, (N, C) float32: the mean of its last hidden states."""
     start, found = beginning(tokenizer), []
-    T = model.config.block_size - len(start)
+    T = model.context - len(start)
     rows = [tokenizer.encode(text or " ")[:T] for text in texts]
     for i in range(0, len(rows), batch):
         x = model.trunk(pad([start + row for row in rows[i:i + batch]], model.device)).float().cpu()
@@ -969,25 +973,36 @@ def think(model, tokenizer, asked, args, seeds, ends):
     Answer [(question, shots)] once for each of seeds -> [[(what was written, answer)]]. With --cot zero in two stages
     (Kojima et al. 2022): first the thought, then, greedily, what comes after "Therefore, the answer is".
     """
-    T, new = model.config.block_size, args.max_new_tokens
+    T, new = model.context, args.max_new_tokens
     asker, zero = Asker(tokenizer, args, T), args.cot == "zero"
     lead = (" " * (not args.chat) + STEPS) if args.cot in ("zero", "auto") else ""
     second = len(tokenizer.encode(THEREFORE)) + 16 if zero else 0  # tokens of the second stage
-    room = len(tokenizer.encode(lead)) + min(new, T // 2) + second
+    new = min(new, T // 2)
+    room = len(tokenizer.encode(lead)) + new + second + guesses(args)
     asked = [(question, asker.fitting(question, shots, room)) for question, shots in asked]
-    prompts = [asker.ids(*item, lead) for item in asked]
-    stops = sorted({*args.stop, *(s for item in asked for s in asker.stops(*item))})
-    new = min(new, T - second - max(map(len, prompts)))
-    texts = writer(args)(model, tokenizer, prompts, new, seeds, args, ends, stops)
+    prompts, texts = [asker.ids(*item, lead) for item in asked], [None] * len(asked)
+    stops = [sorted({*args.stop, *asker.stops(*item)}) for item in asked]
+    for same in map(list, {tuple(s) for s in stops}):  # an answer never depends on who is asked beside it
+        who = [i for i, s in enumerate(stops) if s == same]
+        found = writer(args)(model, tokenizer, [prompts[i] for i in who], new, seeds, args, ends, same)
+        for i, row in zip(who, found):
+            texts[i] = row
     if not zero:
         mark = "" if args.cot else "####"  # without a chain the answer comes first
         return [[((lead + t.text).strip(), extract(mark + t.text)) for t in row] for row in texts]
     thoughts = [[lead + t.text.rstrip() for t in row] for row in texts]
     prompts = [asker.ids(*item, thought + THEREFORE) for item, row in zip(asked, thoughts) for thought in row]
-    prompts = [prompt[-(T - 16):] for prompt in prompts]  # encoded again, a thought may have grown
-    finals = by_sampling(model, tokenizer, prompts, 16, [0], greedily(args), ends, ["\n", *stops])
+    prompts = [prompt[-(T - 16 - guesses(args)):] for prompt in prompts]  # encoded again, a thought may have grown
+    finals = by_sampling(model, tokenizer, prompts, 16, [0], greedily(args), ends, sorted({"\n", *sum(stops, [])}))
     finals = (extract(THEREFORE + row[0].text) for row in finals)
     return [[(thought.strip(), next(finals)) for thought in row] for row in thoughts]
+
+
+def guesses(args):
+    """Places behind the text that a round of --draft needs."""
+    if isinstance(args.drafter, MedusaHeads):
+        return len(args.drafter.tree.depth)
+    return args.draft_k + 1 if args.drafter else 0
 
 
 def greedily(args, **others):
@@ -1041,7 +1056,7 @@ def answer_questions(model, tokenizer, questions, args, ends):
     for i in range(0, len(questions), size):
         asked = list(zip(questions, solved))[i:i + size]
         if args.choices:
-            asker = Asker(tokenizer, args, model.config.block_size)
+            asker = Asker(tokenizer, args, model.context)
             longest = max(len(tokenizer.encode(choice)) for choice in args.choices)
             asked = [(question, asker.fitting(question, shots, longest)) for question, shots in asked]
             prompts = [(asker.ids(*item), [asker.ids(*item, choice) for choice in args.choices]) for item in asked]
@@ -1076,10 +1091,14 @@ def fit(tokenizer, system, messages, room):
     (ids of the conversation up to where the next answer begins, number of messages left out): the newest whole turns,
     each a user's message and what follows, that fit into `room` tokens. The system text always stays.
     """
-    for first in [i for i, message in enumerate(messages) if message["role"] == "user"]:
+    fits = None
+    for first in [i for i, message in enumerate(messages) if message["role"] == "user"][::-1]:
         ids = render_chat(tokenizer, messages[first:], system=system, generation=True)[0]
-        if len(ids) <= room:
-            return ids, first
+        if len(ids) > room:
+            break
+        fits = ids, first
+    if fits:
+        return fits
     raise BadInput(f"the message has {len(ids)} tokens with the system text, more than the {room} that the model's "
                    "context leaves for it: shorten it")
 
@@ -1088,7 +1107,7 @@ def save_chat(path, system, messages):
     """One line of JSON, which is also a row of training data for chats."""
     told = [] if system is None else [{"role": "system", "content": system}]
     with replace_file(path, "w") as f:
-        f.write(json.dumps({"messages": told + messages}, ensure_ascii=False) + "\n")
+        f.write(json.dumps({"messages": told + messages}) + "\n")
 
 
 def load_chat(path, tokenizer):
@@ -1122,7 +1141,7 @@ def chat(model, tokenizer, args):
     system, messages = args.system, []
     if args.load:
         system, messages = load_chat(args.load, tokenizer)
-    T, turn = model.config.block_size, len(messages)
+    T, turn = model.context, len(messages)
     ends, told = chat_stops(tokenizer), False  # told: that turns are left out
     print("Type a message, or /help.")
     while True:
@@ -1161,12 +1180,12 @@ def chat(model, tokenizer, args):
                 raise BadInput(f"{command} is no command: /help lists them")
             elif line:
                 asked = [*messages, {"role": "user", "content": line}]
-                room = T - min(args.max_new_tokens, T // 2)
+                room = T - guesses(args) - min(args.max_new_tokens, T // 2)
                 ids, first = fit(tokenizer, system, asked, room)
                 if first and not told:
                     print("(the oldest turns no longer fit into the context and are left out)", file=sys.stderr)
                     told = True
-                new = min(args.max_new_tokens, T - len(ids))
+                new = min(args.max_new_tokens, T - guesses(args) - len(ids))
                 answer, _ = say(model, tokenizer, ids, new, args.seed + turn, args, ends, args.stop, fresh=True)
                 turn += 1
                 if answer.text:  # stopped before its first letter: as if nothing had been asked
@@ -1261,6 +1280,20 @@ def check_args(args):
         raise BadInput(f"--contrastive {args.contrastive}: give a number from 0, greedy, to 1")
     if args.votes > 1 and (args.temperature == 0 or args.beams or args.contrastive is not None):
         raise BadInput(f"--votes {args.votes} of a search or of temperature 0 would all be the same: sample them")
+    search = "--beams" if args.beams else "--contrastive" if args.contrastive is not None else ""
+    for unheard, what in ((args.beams and args.contrastive is not None, "--beams with --contrastive"),
+                          (search and args.draft, f"--draft with {search}"),
+                          (args.logprobs and search, f"--logprobs with {search}"),
+                          (args.logprobs and args.questions, "--logprobs with --questions"),
+                          (args.choices and args.cot in ("zero", "auto"), f"--cot {args.cot} with --choices"),
+                          (args.questions and args.prompt is not None, "--prompt with --questions"),
+                          (args.medusa_text and args.train_medusa is None, "--medusa_text without --train_medusa")):
+        if unheard:
+            raise BadInput(f"{what} would change nothing: leave one of the two out")
+    if args.train_medusa is not None and args.train_medusa < 1:
+        raise BadInput(f"--train_medusa {args.train_medusa}: give 1 step or more")
+    if not -2 ** 63 <= args.seed < 2 ** 63 - args.num_samples - args.votes:
+        raise BadInput(f"--seed {args.seed} has more than 64 bits: give a smaller one")
     if args.nearest and not args.shots_from or args.cot == "shots" and not args.shots_from:
         raise BadInput(f"--{'nearest' if args.nearest else 'cot shots'} needs solved questions: add --shots_from FILE")
     if args.cot == "auto" and not (args.shots_from or args.questions):
@@ -1280,7 +1313,7 @@ def load_drafter(init, model, tokenizer, args):
     theirs = Tokenizer.from_pretrained(args.draft)
     if theirs.token_bytes() != tokenizer.token_bytes():
         raise BadInput(f"--draft {args.draft} has another tokenizer than {init}: both must be trained with the same")
-    return GPT.from_pretrained(args.draft, model.device, model.compute_dtype)
+    return GPT.from_pretrained(args.draft, model.device, model.compute_dtype).eval()
 
 
 def main_medusa(init, model, tokenizer, args):
@@ -1288,7 +1321,7 @@ def main_medusa(init, model, tokenizer, args):
     if not Path(init).is_dir():
         raise BadInput(f"--train_medusa saves the heads beside the model, but {init} is no folder: import it first "
                        f"with python model.py import {init} --out out/model")
-    T, rows = min(256, model.config.block_size), 256
+    T, rows = min(256, model.context), 256
     if args.medusa_text:
         ids = tokenizer.encode("".join(itertools.islice(read_pieces([args.medusa_text]), 8)))  # 8 MB
         rows = torch.tensor(ids[:len(ids) // T * T]).view(-1, T)
@@ -1300,7 +1333,7 @@ def main_medusa(init, model, tokenizer, args):
     if len(rows) < 2:
         raise BadInput(f"--medusa_text {args.medusa_text} has less than {2 * T} tokens: give more text")
     heads = MedusaHeads(model.config.n_embd, args.medusa_heads, model.device)
-    model.requires_grad_(False).train()
+    model.requires_grad_(False)
     train_medusa(model, heads, rows, args.train_medusa, seed=args.seed)
     heads.save(Path(init) / "medusa.safetensors")
     print(f"{Path(init) / 'medusa.safetensors'}: python sample.py --init {init} --draft medusa")
@@ -1308,7 +1341,10 @@ def main_medusa(init, model, tokenizer, args):
 
 def read_prompt(args):
     if args.prompt is None:
-        return "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
+        try:
+            return "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise BadInput(f"the standard input is not UTF-8 ({error}): convert it, or give --prompt") from None
     if not args.prompt.startswith("@"):
         return args.prompt
     try:
@@ -1353,17 +1389,21 @@ def main():
         args.dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     init = args.init or newest_run()
     tokenizer = Tokenizer.from_pretrained(init)
-    model = GPT.from_pretrained(init, device, getattr(torch, args.dtype))
-    if args.train_medusa:
+    model = GPT.from_pretrained(init, device, getattr(torch, args.dtype)).eval()
+    if args.train_medusa is not None:
         return main_medusa(init, model, tokenizer, args)
     args.drafter = load_drafter(init, model, tokenizer, args)
     terminal = args.prompt is None and not args.questions and sys.stdin is not None and sys.stdin.isatty()
     prompting = args.questions or args.shots_from or args.cot or args.votes or args.choices
     if terminal and not prompting and (tokenizer.chat if args.chat is None else args.chat):
+        if args.beams or args.contrastive is not None or args.logprobs:
+            raise BadInput("a chat draws its answers: leave --beams, --contrastive and --logprobs out")
         print(f"{init}: chat on {device}, {args.dtype}", file=sys.stderr)
         return chat(model, tokenizer, args)
     if args.load:
         raise BadInput("--load goes on with a chat, which needs a terminal and a model with a chat template, or --chat")
+    if args.system is not None and not args.chat:
+        raise BadInput("--system is told through a chat template: add --chat")
     ends = chat_stops(tokenizer) if args.chat else {tokenizer.eot} - {None}
     if prompting and terminal:
         raise BadInput("there is no question: give --prompt TEXT or --questions FILE")
@@ -1371,7 +1411,7 @@ def main():
         return main_prompting(model, tokenizer, args, ends)
 
     text = read_prompt(args)
-    T, shown = model.config.block_size, "" if args.chat else text
+    T, shown = model.context, "" if args.chat else text
     prompt = beginning(tokenizer) + tokenizer.encode(text)
     if args.chat:
         prompt = Asker(tokenizer, args, T).ids(Solved(text, ""))

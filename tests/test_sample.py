@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import model as model_room
 import sample as sample_room
 from bpe import BadInput, Tokenizer, chat_stops, render_chat
 from conftest import ROOT, call
@@ -707,3 +708,52 @@ def test_bad_guessers_are_one_sentence(run_dir, tmp_path):
         assert word in err.splitlines()[-1]
     err = sample("--init", run_dir, "--prompt", "the", "--draft", "ngram", "--max_new_tokens", 200, check=2)[1]
     assert "context" in err.splitlines()[-1]
+
+
+def test_searches_and_choices_have_no_dropout(run_dir, tmp_path):
+    model = GPT.from_pretrained(run_dir)
+    model.config.dropout = 0.3
+    save_run(tmp_path / "dropout", model, {"tokenizer": Tokenizer.load(run_dir).spec()})
+    Tokenizer.load(run_dir).save(tmp_path / "dropout")
+    for more in (["--beams", 3, "--max_new_tokens", 6], ["--choices", " sat", " on", "--logprobs"]):
+        outs = [sample("--init", folder, "--prompt", "the cat", *more)[0]
+                for folder in (run_dir, tmp_path / "dropout", tmp_path / "dropout")]
+        assert outs[0] == outs[1] == outs[2]
+
+
+def test_what_was_cut_is_never_drawn():
+    logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0))
+    p = process_logits(logits, top_k=40).softmax(-1)
+    sums = torch.nn.functional.pad(p, (0, 120)).view(64, -1, 256).sum(-1).cumsum(-1)
+    for shift in (-2e-7, -6e-8, 0.0, 6e-8):  # at the borders between blocks of ids
+        for block in range(0, 19):
+            u = (sums[:, block] / sums[:, -1] + shift).clamp(0, 1 - 2 ** -24)
+            assert (p.gather(1, model_room.invert(p, u)[:, None]) > 0).all()
+
+
+def test_guesses_leave_room_for_themselves(chat_dir):
+    flags = ("--temperature", 0, "--max_new_tokens", 200)
+    (guessed, _), _ = talk(chat_dir, "hi", flags=(*flags, "--draft", "ngram"))
+    (plain, _), _ = talk(chat_dir, "hi", flags=flags)
+    assert guessed and plain.startswith(guessed[:-3]) and len(guessed) > len(plain) / 2
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--beams", 2, "--contrastive", 0.5], "--beams with --contrastive"),
+    (["--beams", 2, "--draft", "ngram"], "--draft"), (["--train_medusa", 0], "--train_medusa"),
+    (["--beams", 2, "--logprobs"], "--logprobs"), (["--choices", "a", "b", "--cot", "zero"], "--cot zero"),
+    (["--seed", 2 ** 70], "--seed"), (["--temperature", "nan"], "--temperature"),
+    (["--presence_penalty", "inf"], "--presence_penalty"), (["--system", "x"], "--system")])
+def test_flags_that_would_change_nothing_are_refused(run_dir, flags, words):
+    _, err = sample("--init", run_dir, "--prompt", "the", *flags, check=2)
+    assert words in err and len(err.strip().splitlines()) == 1
+
+
+def test_an_answer_does_not_depend_on_who_is_asked_beside_it(run_dir, tmp_path):
+    rows = [{"prompt": "the cat", "answer": "x"}, {"prompt": "the cat sat on the mat, naive", "answer": "y"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = []
+    for many in (1, 2):
+        out, _ = sample("--init", run_dir, "--questions", tmp_path / "q.jsonl", "--max_new_tokens", 12, "--rows", many)
+        texts.append([json.loads(line).get("texts") for line in out.splitlines()[:2]])
+    assert texts[0] == texts[1]

@@ -130,7 +130,7 @@ class LowRank:
 
     def graft(self, rank, scale, drop, tune, generator):
         into, out = self.in_features, self.out_features
-        self.scale, self.drop = scale, drop
+        self.lora_scale, self.drop = scale, drop
         device = next(itertools.chain(self.parameters(), self.buffers())).device
 
         def normal(*shape, std):
@@ -151,7 +151,7 @@ class LowRank:
 
     def gain(self, weight):
         A, B = self.low_rank()
-        return self.lora_m / (weight.float() + self.scale * (B @ A)).norm(dim=1).detach()
+        return self.lora_m / (weight.float() + self.lora_scale * (B @ A)).norm(dim=1).detach().clamp(min=1e-12)
 
     def effective(self):
         """The one matrix (out, in) that does the same, with dropout off; differentiable, in float32."""
@@ -159,7 +159,7 @@ class LowRank:
         if not self.on:
             return weight
         A, B = self.low_rank()
-        new = weight + self.scale * (B @ A)
+        new = weight + self.lora_scale * (B @ A)
         return new if self.lora_m is None else new * self.gain(weight).unsqueeze(1)
 
     def forward(self, x):
@@ -168,7 +168,7 @@ class LowRank:
             return y
         A, B = self.low_rank()
         h = F.linear(F.dropout(x, self.drop, self.training), A.to(x.dtype))
-        delta = F.linear(h, B.to(x.dtype)) * self.scale
+        delta = F.linear(h, B.to(x.dtype)) * self.lora_scale
         if self.lora_m is None:
             return y + delta
         bias = 0 if self.bias is None else self.bias.to(x.dtype)
@@ -180,17 +180,17 @@ class LowRankEmbedding:
     on = True
 
     def graft(self, rank, scale, drop, tune, generator):
-        self.scale, device = scale, self.weight.device
+        self.lora_scale, device = scale, self.weight.device
         self.lora_A = nn.Parameter(torch.zeros(rank, self.num_embeddings, device=device))
         self.lora_B = nn.Parameter(torch.randn(self.embedding_dim, rank, generator=generator).to(device))
 
     def effective(self):
         weight = self.weight.float()
-        return weight + self.scale * (self.lora_B @ self.lora_A).T if self.on else weight
+        return weight + self.lora_scale * (self.lora_B @ self.lora_A).T if self.on else weight
 
     def forward(self, idx):
         x = super().forward(idx)
-        return x + self.scale * F.embedding(idx, self.lora_A.T) @ self.lora_B.T if self.on else x
+        return x + self.lora_scale * F.embedding(idx, self.lora_A.T) @ self.lora_B.T if self.on else x
 
 
 @functools.cache
@@ -369,10 +369,11 @@ class Virtual(nn.Module):
         """keys_values; computed once while nothing trains."""
         if torch.is_grad_enabled() and self.table.requires_grad or self.training:
             return self.keys_values(model)
-        if not self.fresh:
+        held = self.kept is not None and self.kept.device == model.device and self.kept.dtype == model.compute_dtype
+        if not (self.fresh and held):
             with torch.inference_mode(False), torch.no_grad():
                 kv = self.keys_values(model)
-                same = self.kept is not None and self.kept.shape == kv.shape and self.kept.dtype == kv.dtype
+                same = held and self.kept.shape == kv.shape
                 self.kept = self.kept.copy_(kv) if same else kv  # the same memory: a recorded step reads there
             self.fresh = True
         return self.kept
@@ -591,6 +592,8 @@ def merge(model):
         raise BadInput(f"--tune {model.adapter.tune} adds what no weight of the model can do: it cannot be merged; "
                        f"keep it beside its base")
     for m in parts:
+        if hasattr(m, "base_weight"):
+            raise BadInput("the adapter is in the weights already: unmerge it first")
         if packed(m):
             raise BadInput("this base is quantized: merge into the one that it was made from (python lora.py merge)")
         m.base_weight = m.weight.data
@@ -636,7 +639,7 @@ def adapter_tensors(model):
 
 
 def module_alphas(model):
-    return {name: m.scale * rank_unit(model.adapter, len(m.lora_A)) for name, m in model.named_modules()
+    return {name: m.lora_scale * rank_unit(model.adapter, len(m.lora_A)) for name, m in model.named_modules()
             if isinstance(m, (LowRank, LowRankEmbedding))}
 
 
@@ -745,7 +748,8 @@ def to_peft(model, weights=None):
         part, _, kind = name.rpartition(".")
         t, (place, letter) = rows_of_vocabulary(name, t, c.vocab_size), places[part]
         if letter and adapter.tune == "lora":
-            fused.setdefault(place, {})[letter, kind] = t
+            whole = kind == "lora_B"  # which takes the scale in
+            fused.setdefault(place, {})[letter, kind] = t * model.get_submodule(part).lora_scale if whole else t
             continue
         place = part if letter else place  # PEFT's DoRA or AdaLoRA of a fused module is another method: our names
         if kind.startswith("lora_") and part == "wte":
@@ -756,12 +760,12 @@ def to_peft(model, weights=None):
     for part, alpha in module_alphas(model).items():
         alphas[places[part][0]] = len(tensors[f"{part}.lora_A"]), alpha
     for place, parts in fused.items():
-        letters, scale = [a for a in "qkv" if (a, "lora_A") in parts], grafts(model)[0].scale
+        letters = [a for a in "qkv" if (a, "lora_A") in parts]
         R, blocks = sum(len(parts[a, "lora_A"]) for a in letters), []
         for a in "qkv":
             out = (c.n_head if a == "q" else c.n_kv_head) * c.head_dim
-            blocks.append(torch.cat([parts[b, "lora_B"] * scale if a == b else torch.zeros(out, len(parts[b, "lora_A"]))
-                                     for b in letters], 1))
+            blocks.append(torch.cat([B if a == b else B.new_zeros(out, B.shape[1])
+                                     for b in letters for B in [parts[b, "lora_B"]]], 1))
         theirs[f"base_model.model.{place}.lora_A.weight"] = torch.cat([parts[a, "lora_A"] for a in letters])
         theirs[f"base_model.model.{place}.lora_B.weight"] = fuse_qkv(blocks, c, conv1d(c))
         alphas[place] = R, float(rank_unit(adapter, R))
@@ -916,13 +920,17 @@ def start(init, adapter, device="cpu", dtype=torch.float32, tokenizer=None, seed
     path, more = Path(init), tokenizer.n_vocab if tokenizer is not None else 0
     if adapter is None:
         model = plain(init, device)
+        if any(packed(m) for m in model.modules() if isinstance(m, nn.Module) and hasattr(m, "in_features")):
+            raise BadInput(f"--init {init} is quantized, and codes take no gradient: choose --lora_rank, or the run "
+                           f"that it was made from")
         grow(model, more)
         if n_class:
             add_class_head(model, n_class)
         return model, None
     if (path / "adapter_config.json").exists():
         model = load(path, device, dtype)
-        if model.adapter.tune == WRITTEN.get(adapter.tune, adapter.tune):
+        fits = more <= model.config.vocab_size and n_class in (0, model.config.n_class)  # else it goes into the weights
+        if fits and model.adapter.tune == WRITTEN.get(adapter.tune, adapter.tune):
             return model, read_json(path / "adapter_config.json")["base_model_name_or_path"]
     model = plain(init, device, dtype)
     if more > model.config.vocab_size and not adapter.train_embeddings:
@@ -972,7 +980,7 @@ def fold(model):
     """Merge for good: the model forgets that it had an adapter."""
     merge(model)
     for m in grafts(model):
-        del m.base_weight
+        del m.base_weight, m.on
         m.__class__ = m.__class__.__bases__[1]
         for name in [n for n in m._parameters if n.startswith("lora_")]:
             delattr(m, name)
@@ -982,11 +990,15 @@ def fold(model):
 
 def quantize_base(model, method):
     """The blocks' matrices by quantize.py's method, in its own number of bits and groups; all else keeps its dtype."""
-    from quantize import QuantLinear, quantize
+    from quantize import NEEDS, OWN, QuantLinear, quantize
+    if method in NEEDS:
+        raise BadInput(f"--quantize {method} needs texts to calibrate with: give --init a run that python quantize.py "
+                       f"--method {method} made")
     for name, m in list(model.named_modules()):
         if name.startswith("blocks.") and isinstance(m, nn.Linear):
             parent, _, kind = name.rpartition(".")
-            setattr(model.get_submodule(parent), kind, QuantLinear(quantize(m.weight.detach(), method), m.bias))
+            q = quantize(m.weight.detach(), method, *OWN.get(method, (4, 0)))
+            setattr(model.get_submodule(parent), kind, QuantLinear(q, m.bias))
 
 
 # -----------------------------------------------------------------------------

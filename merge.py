@@ -36,7 +36,8 @@ from pathlib import Path
 import torch
 
 from bpe import BadInput, Tokenizer, cli, hub, is_hub_name, replace_file
-from model import GPTConfig, hf_places, load_shards, scan_safetensors, split_qkv, to_hf_config, write_safetensors
+from model import (GPTConfig, check_out, hf_places, load_shards, scan_safetensors, split_qkv, to_hf_config,
+                   write_safetensors)
 
 # -----------------------------------------------------------------------------
 # The methods, over tensors of one shape, float32
@@ -219,11 +220,18 @@ class Adapted:
             if kind in ("A.weight", "B.weight", "magnitude_vector", "magnitude_vector.weight"):
                 name = module + ".weight"
                 for place, cut in places.get(name, [(name, None)]):  # q, k and v of a fused matrix share A
-                    self.pairs.setdefault(self.target(place), {})[kind[0]] = cut(t) if cut and kind[0] != "A" else t
+                    pair = self.pairs.setdefault(self.target(place), {"scale": self.scale(module)})
+                    pair[kind[0]] = cut(t) if cut and kind[0] != "A" else t
             elif not module:
                 self.whole[self.target(places.get(whole, [(whole,)])[0][0])] = t
             else:
                 raise BadInput(f"{path} has {name}, which is no part of a LoRA of matrices: run it beside its base")
+        if self.transposed and any("m" in pair for pair in self.pairs.values()):
+            raise BadInput(f"{path} is a DoRA of transposed matrices: merge it with python lora.py merge")
+        for name, t in self.whole.items():
+            if list(t.shape) != list(self.entries[name][1]):
+                raise BadInput(f"{path} has {name} of {list(t.shape)}, its base of {list(self.entries[name][1])}: "
+                               f"merge it with python lora.py merge")
         for name, pair in self.pairs.items():
             if not {"A", "B"} <= pair.keys() or len(pair["A"]) != pair["B"].shape[1]:
                 raise BadInput(f"{path} lacks half of the pair of {name}: save the adapter again")
@@ -238,8 +246,7 @@ class Adapted:
                            f"that it was trained on")
         return name
 
-    def scale(self, name, rank):
-        module = name.removesuffix(".weight")
+    def scale(self, module):
         found = lambda patterns, default: next(
             (value for part, value in patterns.items() if re.fullmatch(rf"(.*\.)?({part})", module)), default)
         alpha = found(self.config["alpha_pattern"], self.config["lora_alpha"])
@@ -253,7 +260,7 @@ class Adapted:
         if name not in self.pairs:
             return W
         A, B = self.pairs[name]["A"], self.pairs[name]["B"]
-        scale = self.scale(name, len(A))
+        scale = self.pairs[name]["scale"]
         if self.transposed:
             return lora(W, B.T, A.T[start:stop], scale)
         W = lora(W, A, B[start:stop], scale)
@@ -324,6 +331,12 @@ def read_tokenizer(model):
         return Tokenizer.from_pretrained(home(model))
     except BadInput:  # none, or of a kind that bpe.py does not read
         return None
+
+
+def refuse_codes(models):
+    for m in models:
+        if read_config(m)[1].get("quantize"):
+            raise BadInput(f"{home(m)} is quantized: merge what it was made from, and quantize that")
 
 
 def check_alike(models, stacked=False):
@@ -524,6 +537,7 @@ def open_all(args):
     """(models, first the one whose folder and entries the merge has; entries; pieces of a tensor by name; config)."""
     if args.method == "passthrough":
         models, stack, layers = open_stack(args.models)
+        refuse_codes(models)
         check_alike(models, stacked=True)
         entries = {new: models[i].entries[name] for new, (i, name) in stack.items()}
         return models, entries, lambda new: copied(models[stack[new][0]], stack[new][1]), stacked_config(models, layers)
@@ -533,6 +547,7 @@ def open_all(args):
         args.models = [save for run in args.models for save in saves_of(run, args.last)]
         args.weights = args.weights if args.ema is None else ema_weights(len(args.models), args.ema)
     models = [open_model(path, args.base) for path in args.models]
+    refuse_codes(models)
     check_args(args, models)
     deltas = None
     if merge is merge_deltas:
@@ -637,9 +652,12 @@ def main():
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     entries, pieces = as_dtype(entries, pieces, dtype)
 
-    out = Path(args.out)
-    if any(out.resolve() == folder.resolve() for m in models for folder in (m.path, home(m))):
-        raise BadInput(f"--out {out} is one of the models that are merged: give another folder")
+    out = Path(args.out).resolve()
+    lost = {out, out.with_name(out.name + ".old")}
+    if any(lost & {folder.resolve(), *folder.resolve().parents} for m in models for folder in (m.path, home(m))):
+        raise BadInput(f"--out {args.out} would take the place of one of the models that are merged: give another "
+                       f"folder")
+    check_out(out)
     new = out.with_name(f".{out.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -663,7 +681,7 @@ def main():
     finally:
         shutil.rmtree(new, ignore_errors=True)
     n = sum(math.prod(shape) for _, shape in entries.values())
-    print(f"{out}: {args.method} of {', '.join(str(m) for m in args.models)}, {n:,} parameters")
+    print(f"{args.out}: {args.method} of {', '.join(str(m) for m in args.models)}, {n:,} parameters")
 
 
 if __name__ == "__main__":

@@ -541,8 +541,13 @@ def upcycled(model, config, seed=0):
 
 def upcycle(args):
     """a dense run or model into one with experts, which computes the same"""
-    from model import GPT, GPTConfig, count_parameters, save_run
-    model = GPT.from_pretrained(args.init)
+    from lora import plain
+    from model import GPTConfig, count_parameters, save_run
+    path = Path(args.init) / "run.json"
+    run = json.loads(path.read_text()) if path.exists() else {"args": {}}
+    if run.get("quantize"):
+        raise BadInput(f"--init {args.init} is quantized: give the run that it was made from, {run['args']['init']}")
+    model = plain(args.init)
     if model.config.n_expert:
         raise BadInput(f"--init {args.init} has experts already: give a dense model")
     if args.n_expert_active < 2 or args.router in ("switch", "expert_choice"):
@@ -551,8 +556,6 @@ def upcycle(args):
     names = "n_expert", "n_expert_active", "n_expert_shared", "router", "moe_every", "moe_first"
     given = {name: getattr(args, name) for name in names}
     new = upcycled(model, GPTConfig(**asdict(model.config) | given), args.seed)
-    path = Path(args.init) / "run.json"
-    run = json.loads(path.read_text()) if path.exists() else {"args": {}}
     tokenizer = Tokenizer.from_pretrained(args.init)
     save_run(args.out, new, {"stage": "upcycle", "step": 0, "metrics": {}, "args": run["args"],
                              "tokenizer": tokenizer.spec()})

@@ -724,7 +724,8 @@ def stages(model, idx):
     model.trunk(idx)
     for hook in hooks:
         hook.remove()
-    return order
+    called = {name for stage in order for name in stage}  # an expert may have been asked nothing
+    return order + [[name] for name in linears(model) if name not in called]
 
 
 def observe(model, name, batches):
@@ -752,6 +753,9 @@ def observe(model, name, batches):
         with contextlib.suppress(Enough):
             model.trunk(idx)
     handle.remove()
+    if not n:  # an expert that no token chose: round to nearest
+        return {"hessian": torch.eye(K, device=device), "mean_abs": torch.ones(K, device=device),
+                "max_abs": torch.ones(K, device=device), "outliers": outliers}
     return {"hessian": hessian / n, "mean_abs": total / n, "max_abs": largest, "outliers": outliers / (n * K)}
 
 
@@ -776,7 +780,8 @@ def quantize_model(model, method, bits, group, batches=(), embeddings=0, rank=0,
     """
     Replace the blocks' Linears by QuantLinears, in place and in the order of their calls: what calibrates a layer has
     passed through the layers before it as they are now (GPTQ's true sequential). batches: tensors of ids (B, T).
-    embeddings: bits of wte and head, round to nearest, rows; 0: left alone. rank: see compensate.
+    embeddings: bits of wte and head, 8: rows, round to nearest, fewer: HQQ in groups; 0: left alone. rank: see
+    compensate.
     """
     model.eval()
     order = stages(model, batches[0]) if method in NEEDS else [[name] for name in linears(model)]
@@ -796,7 +801,7 @@ def quantize_model(model, method, bits, group, batches=(), embeddings=0, rank=0,
     for name, kind in (("wte", QuantEmbedding), ("head", QuantLinear)) if embeddings else ():
         module = getattr(model, name)
         if module is not None:
-            how = ("symmetric", 8, 0) if embeddings == 8 else ("hqq", embeddings, group)
+            how = ("symmetric", 8, 0) if embeddings == 8 else ("hqq", embeddings, max(group, 0))
             setattr(model, name, kind(quantize(module.weight, *how)))
     return model
 
@@ -912,13 +917,13 @@ def perplexity(model, texts, window, stride):
 
 
 def load_float(init, device):
-    """(model in float32, the contents of run.json, tokenizer) of a run that is not quantized."""
-    from model import GPT
+    """(model in float32 with its adapter in the weights, run.json, tokenizer) of a run that is not quantized."""
+    from lora import plain
     path = Path(init) / "run.json"
     run = read_json(path) if path.exists() else {}
     if run.get("quantize"):
         raise BadInput(f"--init {init} is quantized already: give the run that it was made from, {run['args']['init']}")
-    return GPT.from_pretrained(init, device, torch.float32).eval(), run, Tokenizer.from_pretrained(init)
+    return plain(init, device, torch.float32).eval(), run, Tokenizer.from_pretrained(init)
 
 
 def write(out, model, run, tokenizer, args, metrics, dtype=torch.bfloat16):
@@ -962,7 +967,7 @@ def measure(args):
     dtype = getattr(torch, args.dtype) if args.dtype != "auto" else torch.bfloat16 if device.type == "cuda" else \
         torch.float32
     model = GPT.from_pretrained(args.measure, device, dtype).eval()
-    seconds = min(step_seconds(model, min(32, model.config.block_size // 2 - 8), args.compile) for _ in range(3))
+    seconds = min(step_seconds(model, min(32, model.context // 2 - 8), args.compile) for _ in range(3))
     print(json.dumps({"tokens_per_s": round(1 / seconds, 1), "peak_memory": peak() - before}))
 
 
@@ -1004,7 +1009,7 @@ def table_row(text, init, args, device, speed=None):
     else:
         method, bits, group = parse_row(text, args)
         row |= {"method": method, "bits": bits, "group": group}
-        T = args.window or model.config.block_size
+        T = args.window or model.context
         batches = calibration_batches(ids["train"], T, args.calibration_tokens, args.seed, device)
         options = {"act_order": True} if args.act_order and method == "gptq" else {}
         quantize_model(model, method, bits, group, batches, args.embeddings, args.rank, **options)
@@ -1288,6 +1293,8 @@ def main():
     if args.bench:
         return print(json.dumps(bench(args, device)))
     inits = args.init or [newest_float()]
+    if args.rank < 0 or args.stride < 0 or args.window < 0:
+        raise BadInput("--rank, --window and --stride cannot be negative: leave them out, or give 0 or more")
     if args.embeddings and not 2 <= args.embeddings <= 8:
         raise BadInput(f"--embeddings {args.embeddings} is out of range: give 2 to 8, or 0 to leave them alone")
     metrics = {}
@@ -1306,8 +1313,8 @@ def main():
         model, run, tokenizer = load_float(init, device)
         ids = read_ids(init, run, tokenizer, args)
         before = perplexity(model, ids["val"], args.window, args.stride)
-        batches = calibration_batches(ids["train"], args.window or model.config.block_size, args.calibration_tokens,
-                                      args.seed, device)
+        batches = () if method not in NEEDS else calibration_batches(
+            ids["train"], args.window or model.context, args.calibration_tokens, args.seed, device)
         start = time.time()
         options = {"act_order": True} if args.act_order and method == "gptq" else {}
         quantize_model(model, method, bits, group, batches, args.embeddings, args.rank, **options)
@@ -1315,7 +1322,7 @@ def main():
         after = perplexity(model, ids["val"], args.window, args.stride)
         metrics |= {"perplexity_float": before, "perplexity": after, "val_loss": math.log(after), "seconds": seconds}
         metrics["bytes"] = write(args.out, model, run, tokenizer, args, metrics)
-        T = args.window or model.config.block_size
+        T = args.window or model.context
         print(f"{args.out}: {method}, {bits} bits, group {group}: {metrics['bytes'] / 1e6:.2f} MB; perplexity "
               f"{before:.4f} -> {after:.4f} ({after / before - 1:+.2%}) on the first "
               f"{sum(len(x) - 1 for _, x in ids['val']):,} tokens of {', '.join(name for name, _ in ids['val'])} (val),"

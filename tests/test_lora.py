@@ -101,7 +101,7 @@ def test_scales():
     for flags, scale in ((dict(lora_alpha=12), 3.0), (dict(), 2.0), (dict(lora_alpha=12, rslora=True), 6.0)):
         model = make()
         lora.apply(model, adapter("lora", **flags))
-        assert lora.grafts(model)[0].scale == scale
+        assert lora.grafts(model)[0].lora_scale == scale
 
 
 def test_counts_on_llama_7b():
@@ -478,3 +478,72 @@ def test_unfit_models_are_refused():
         with pytest.raises(BadInput, match=message):
             lora.apply(model, adapter(tune))
     assert len(PRESETS) > 20
+
+
+@pytest.mark.parametrize("tune", ["lora", "dora"])
+def test_an_adapter_on_top_of_a_folded_one_learns(tune, tmp_path):
+    model = make()
+    save_run(tmp_path / "base", model, {})
+    lora.apply(model, adapter("lora"))
+    shake(model)
+    lora.save(tmp_path / "first", model, {}, tmp_path / "base")
+    second = lora.plain(tmp_path / "first")
+    torch.testing.assert_close(logits(second, idx()), logits(model, idx()), atol=1e-4, rtol=1e-4)
+    lora.apply(second, adapter(tune))
+    before = logits(second, idx())
+    second(idx(), idx())[1].backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in second.parameters() if p.requires_grad)
+    shake(second)
+    assert not torch.allclose(logits(second, idx()), before)
+
+
+@pytest.mark.parametrize("method", ["nf4", "hqq", "symmetric", "zeropoint", "fp8", "llm_int8"])
+def test_the_base_may_be_quantized_by_any_method_that_needs_no_texts(method):
+    model = make(n_embd=64)
+    lora.quantize_base(model, method)
+    lora.apply(model, adapter("lora", quantize=method))
+    shake(model)
+    assert torch.isfinite(logits(model, idx())).all()
+
+
+def test_a_method_that_needs_texts_is_refused_for_the_base():
+    with pytest.raises(BadInput, match="calibrate"):
+        lora.quantize_base(make(), "gptq")
+
+
+def test_fused_modules_keep_their_own_scales(tmp_path):
+    model = make("gpt2")
+    lora.apply(model, adapter("lora", lora_targets="q,k,v"))
+    shake(model)
+    for i, m in enumerate(lora.grafts(model)):
+        m.lora_scale *= 1 + (i > 2)  # as an alpha_pattern says of the second block
+    save_run(tmp_path / "base", make("gpt2"), {})
+    lora.save(tmp_path / "adapter", model, {}, tmp_path / "base")
+    again = lora.load(tmp_path / "adapter")
+    torch.testing.assert_close(logits(again, idx()), logits(model, idx()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tune", ["prompt", "prefix"])
+def test_text_goes_on_beyond_what_virtual_tokens_leave_of_the_context(tune):
+    model = make()
+    lora.apply(model, adapter(tune))
+    assert model.context == 59
+    ids, _ = model.eval().generate([[1, 2, 3]], 80, temperature=0)
+    assert len(ids[0]) == 80
+
+
+def test_an_adapter_is_merged_once():
+    model = make()
+    lora.apply(model, adapter("lora"))
+    lora.merge(model)
+    with pytest.raises(BadInput, match="unmerge"):
+        lora.merge(model)
+
+
+def test_dora_over_rows_of_zeros_has_finite_gradients():
+    model = make()
+    for block in model.blocks:
+        block.attn.o.weight.data.zero_()
+    lora.apply(model, adapter("dora", lora_targets="o"))
+    model(idx(), idx())[1].backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

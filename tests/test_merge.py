@@ -10,12 +10,14 @@ import time
 import pytest
 import torch
 
+import lora
 import merge as room
 from bpe import Tokenizer
 from conftest import ROOT, call
 from merge import dare, ema_weights, kth_largest, linear, slerp, task_arithmetic, ties, trim
 from model import (GPT, GPTConfig, PRESETS, init_weights, load_run, load_safetensors, load_shards, save_hf, save_run,
                    save_safetensors)
+from quantize import describe, quantize_model
 
 CONFIG = dict(block_size=32, n_embd=32, n_layer=4)
 IDS = torch.randint(0, 280, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -470,3 +472,35 @@ def test_a_damaged_shard_is_named(runs, tmp_path):
     (other / "model.safetensors").write_bytes(data[:-5])
     assert "not a sound safetensors file" in merge("linear", runs / "a", other, "--out", tmp_path / "out", check=2)
     assert load_safetensors(runs / "a" / "model.safetensors")
+
+
+def test_an_adapter_of_a_fused_family_keeps_the_ranks_of_all_its_matrices(tmp_path):
+    model = GPT(GPTConfig(**PRESETS["gpt2"] | dict(vocab_size=280, block_size=32, n_embd=32, n_layer=2, n_head=2)))
+    init_weights(model, 0)
+    save_run(tmp_path / "base", noisy(model, 0.2, 1), {})
+    lora.apply(model, lora.Adapter("lora", lora_rank=4, lora_targets="all"))
+    for p in model.parameters():
+        if p.requires_grad:
+            noisy_part = torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
+            p.data.add_(0.1 * noisy_part)
+    lora.save(tmp_path / "adapter", model, {}, tmp_path / "base")
+    merge("lora", tmp_path / "adapter", "--out", tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(load_run(tmp_path / "merged")[0].eval()(IDS)[0], model.eval()(IDS)[0], atol=1e-4,
+                                   rtol=1e-4)
+
+
+def test_quantized_runs_are_not_averaged(runs, tmp_path):
+    model = GPT.from_pretrained(runs / "a")
+    run = json.loads((runs / "a" / "run.json").read_text())
+    quantize_model(model, "symmetric", 8, 0)
+    save_run(tmp_path / "codes", model, run | {"quantize": describe(model)})
+    assert "is quantized" in merge("linear", tmp_path / "codes", runs / "b", "--out", tmp_path / "x", check=2)
+
+
+def test_a_merge_never_takes_the_place_of_what_is_no_model(runs, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("x")
+    assert "is no run" in merge("linear", runs / "a", runs / "b", "--out", tmp_path / "notes", check=2)
+    shutil.copytree(runs / "a", tmp_path / "m.old")
+    assert "take the place" in merge("linear", tmp_path / "m.old", runs / "b", "--out", tmp_path / "m", check=2)

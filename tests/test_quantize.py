@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate as evaluate_room
+import lora
 import quantize as Q
 import sample as sample_room
 import train as train_room
@@ -533,3 +534,27 @@ def test_the_default_run_reads_texts(tmp_path):
     (tmp_path / "base" / "run.json").write_text(json.dumps({"tokenizer": tokenizer, "args": {}}))
     with pytest.raises(BadInput, match="no run under"):
         Q.newest_float(tmp_path)
+
+
+def test_an_adapter_is_in_what_is_quantized(folder):
+    model, tokenizer = GPT.from_pretrained(folder / "run"), Tokenizer.load(folder / "run")
+    lora.apply(model, lora.Adapter("lora", lora_rank=4))
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(normal(*p.shape, std=0.3))
+    lora.save(folder / "adapter", model, {"tokenizer": tokenizer.spec()}, folder / "run")
+    tokenizer.save(folder / "adapter")
+    files = ["--text", folder / "text.txt", "--calibration", folder / "text.txt", "--device", "cpu"]
+    call(Q, "--init", folder / "adapter", *files, "--eval_tokens", 128, "--method", "symmetric", "--bits", 8, "--group",
+         0, "--out", folder / "adapter8")
+    idx = torch.tensor([tokenizer.encode(TEXT)[:20]])
+    with torch.no_grad():
+        exact, got = model.eval()(idx)[0], GPT.from_pretrained(folder / "adapter8").eval()(idx)[0]
+    assert (got - exact).norm() < 0.05 * exact.norm()
+
+
+def test_experts_that_no_calibration_token_meets_are_quantized_too():
+    model = small(n_expert=16, n_expert_active=1, router="switch")
+    batches = [torch.randint(0, 100, (1, 4), generator=torch.Generator().manual_seed(0))]
+    Q.quantize_model(model, "gptq", 4, 32, batches)
+    assert not Q.linears(model)

@@ -28,7 +28,6 @@ import json
 import math
 import os
 import random
-import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -41,9 +40,9 @@ import data
 import lora
 from bpe import BadInput, Tokenizer, chat_end, chat_format, cli, replace_file
 from data import hh, tastes
-from model import (PARALLEL, RewardModel, adamw_groups, add_up, all_reduce, gather_into, load_safetensors, peak_memory,
-                   rollouts, same_count, save_run, save_safetensors, setup_process, shard, shares_prompts, step_forward,
-                   token_logprobs)
+from model import (PARALLEL, RewardModel, adamw_groups, add_up, all_reduce, check_out, gather_into, load_safetensors,
+                   peak_memory, rollouts, same_count, save_run, save_safetensors, setup_process, shard, shares_prompts,
+                   start_run, step_forward, token_logprobs)
 
 # -----------------------------------------------------------------------------
 # Losses. Sums of log-probabilities of B responses each, (B,) in nats -> the loss of each pair, (B,)
@@ -227,14 +226,18 @@ def encode(rows, tokenizer, args, T, say=print):
     return examples
 
 
-def mismatch(examples, seed):
-    """For each example's prompt the response of another one, as KTO's z_0 wants: a fixed shuffle, shifted by one."""
+def mismatch(examples, seed, T):
+    """
+    For each example's prompt, cut on the left to fit into T, the response of another one, as KTO's z_0 wants: a fixed
+    shuffle, shifted by one.
+    """
     order = np.random.default_rng(seed).permutation(len(examples)).tolist()
     other = {}
     for i, g in enumerate(order):
         shifted = (order[(i + k) % len(order)] for k in range(1, len(order) + 1))
         other[g] = next((j for j in shifted if examples[j].prompt != examples[g].prompt), g)
-    return [(e.prompt, [examples[other[g]].responses[0]]) for g, e in enumerate(examples)]
+    answers = [examples[other[g]].responses[0] for g in range(len(examples))]
+    return [(e.prompt[-(T + 1 - len(answer)):], [answer]) for e, answer in zip(examples, answers)]
 
 
 # -----------------------------------------------------------------------------
@@ -520,16 +523,6 @@ def figures(s, count, tokens, sft_weight):
     return found | ({"entropy": s["entropy"] / s["tokens"]} if s["entropy"] else {})
 
 
-def batch_indices(n, batch, step, seed):
-    """Which of n examples a step takes: consecutive parts of shuffled epochs, a function of (seed, step) alone."""
-    batch = min(batch, n)
-    at, rest = divmod(step * batch, n)
-    order = np.random.default_rng([seed, at]).permutation(n).tolist()[rest:]
-    if len(order) < batch:
-        order += np.random.default_rng([seed, at + 1]).permutation(n).tolist()
-    return order[:batch]
-
-
 def lr_share(step, steps, warmup, schedule):
     """
     The step's share of the peak rate: up in a line over the warm-up's share of the steps, then down to 0, or constant.
@@ -540,17 +533,6 @@ def lr_share(step, steps, warmup, schedule):
 
 def round_to(x):
     return float(f"{x:.6g}")
-
-
-def start_run(out):
-    """An empty run directory; a finished run that was there moves to OUT.old."""
-    old = out.with_name(out.name + ".old")
-    if (out / "run.json").exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    elif out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
 
 
 class Falling:
@@ -695,6 +677,16 @@ def load_state(out):
                        f"--resume") from None
 
 
+def questions(args, name, split, n):
+    """n questions of a task, or of --input, of which a tenth, at most --val or 512, is held out by a fixed shuffle."""
+    if name != "prompts":
+        return data.read_tasks(name, split, n, name)
+    rows = data.read_tasks(name, split, None, args.input)
+    random.Random(0).shuffle(rows)
+    held = min(args.val or 512, max(1, len(rows) // 10))
+    return (rows[held:] if split == "train" else rows[:held])[:n]
+
+
 def load_policy(args, process):
     """The model with its adapter, its tokenizer, and whether activations are bf16."""
     tokenizer = Tokenizer.from_pretrained(args.init)
@@ -748,7 +740,7 @@ def check_task(model, tokenizer, tasks, args, device, refers=None):
         found[name] = sum(data.is_right(text, t["answer"]) for text, t in zip(texts, tasks)) / len(tasks)
     found["ended"] = sum(a[-1] == end for a in answers) / len(answers)
     groups = [(p, [a]) for p, a in zip(prompts, answers)]
-    T, share = min(args.block_size or 2048, model.config.block_size), shares_prompts(model.config)
+    T, share = min(args.block_size or 2048, model.context), shares_prompts(model.config)
     policy = sums_of(model, groups, T, args.micro_batch, share)
     with refers(model) as ref:
         base = sums_of(ref, groups, T, args.micro_batch, share)
@@ -767,12 +759,14 @@ def main():
     say = print if main_process else lambda *a, **k: None
     started, out = time.time(), Path(args.out)
     saved = load_state(args.out) if args.resume else None
+    if not args.resume:
+        check_out(args.out, args.init)
 
     # model
     model, tokenizer = load_policy(args, process)
-    T = min(args.block_size or 2048, model.config.block_size)
-    if args.block_size > model.config.block_size:
-        raise BadInput(f"--block_size {args.block_size} is more than the model's context of {model.config.block_size}")
+    T = min(args.block_size or 2048, model.context)
+    if args.block_size > model.context:
+        raise BadInput(f"--block_size {args.block_size} is more than the model's context of {model.context}")
     args.micro_batch = args.micro_batch or max(1, (16384 if device.type == "cuda" else 4096) // T)
     if device.type == "cuda" if args.compile is None else args.compile:
         model.compile_parts()
@@ -780,6 +774,9 @@ def main():
     trainer = Trainer(model, args, process, T)
     ends = chat_end(tokenizer, chat_format(tokenizer, args.template)[0])
     trainer.ends = torch.tensor([ends], device=device)
+    if trainer.sharded.sharded and model.adapter is not None:
+        raise BadInput(f"--parallel {args.parallel} with an adapter cannot gather the model to generate with: use "
+                       f"--parallel ddp, or full tuning")
     whole = model if not trainer.sharded.sharded else lora.plain(args.init, device)  # a model that can generate
     whole.compute_dtype = model.compute_dtype
     trained, total = lora.trained_share(model)
@@ -796,12 +793,14 @@ def main():
     if check == "none" or check == "prompts" and args.judge != "check":
         asked = []
     else:
-        asked = data.read_tasks(check, "val", args.val or 512, args.input if check == "prompts" else check)
+        asked = questions(args, check, "val", args.val or 512)
     before = check_task(look(), tokenizer, asked, args, device, refers) if asked else {}
     if before:
         say("before: " + "  ".join(f"{k} {v:.4f}" for k, v in before.items() if k != "sample"))
         say(f"    {before['sample']}")
 
+    if args.template:  # what chats with it later writes what it was trained on
+        tokenizer.chat = dict(zip(("template", "system"), chat_format(tokenizer, args.template)))
     step, metrics, log = 0, {}, None
     if main_process:
         if args.resume:
@@ -835,18 +834,16 @@ def main():
         if sampled:
             files = [out / f"pairs{round}-{split}.jsonl" for split in ("train", "val")]
             if not all(f.exists() for f in files):
+                present = look()  # on every rank: it may gather
                 if main_process:
                     begun = time.time()
                     for file, split, n in zip(files, ("train", "val"), (args.limit or 1000, args.val or 512)):
-                        tasks = data.read_tasks(args.data, split, n * (split == "train") + (n // 2) * (split == "val"),
-                                                args.input)
-                        rows, mean = sample_pairs(look(), tokenizer, tasks, args, judge, args.seed + 1000 * round)
+                        tasks = questions(args, args.data, split, n if split == "train" else n // 2)
+                        rows, mean = sample_pairs(present, tokenizer, tasks, args, judge, args.seed + 1000 * round)
                         write_pairs(file, rows)
                         say(f"round {round}, {split}: {len(rows)} pairs from {args.samples} answers to each of "
                             f"{len(tasks)} "
                             f"questions, mean score {mean:.3f}, in {time.time() - begun:.0f} s")
-                else:
-                    look()
                 process.wait()
             rows, held = (data.read_preferences(f) for f in files)
         else:
@@ -854,7 +851,8 @@ def main():
         examples, val = encode(rows, tokenizer, args, T, say), encode(held, tokenizer, args, T, say)
 
         # the reference's log-probabilities, once
-        key = [print_of(args.ref or args.init), tokenizer.spec(), args.dtype, T, share, model.adapter is not None,
+        key = [print_of(args.ref or args.init), tokenizer.spec(), args.dtype, T, share,
+               model.adapter and model.adapter.quantize,
                round if args.round_ref == "last" else 0]
 
         def refer(groups):
@@ -870,10 +868,10 @@ def main():
         refs, val_refs = (refer([(e.prompt, e.responses) for e in es]) for es in (examples, val))
         kto = args.loss == "kto"
         wrong, val_wrong = ([(g, r) for g, r in zip(gs, refer(gs))] if kto else [None] * len(es)
-                            for es, gs in ((es, mismatch(es, args.seed) if kto else None) for es in (examples, val)))
+                            for es, gs in ((es, mismatch(es, args.seed, T) if kto else None) for es in (examples, val)))
         process.wait()
         model.train()
-        steps = args.steps or max(1, math.ceil(args.epochs * len(examples) / args.batch))
+        steps = args.steps or max(1, math.ceil(args.epochs * len(examples) / min(args.batch, len(examples))))
         if args.batch > len(examples):
             say(f"--batch {args.batch} is more than the {len(examples)} examples: each step takes them all")
         if round == 0 and not args.resume:
@@ -888,7 +886,7 @@ def main():
             for group in trainer.optimizer.param_groups:
                 group["lr"] = args.lr * lr_share(local_step, steps, args.warmup, args.schedule)
             begun = time.time()
-            mine = batch_indices(len(examples), args.batch, local_step, args.seed
+            mine = data.batch_indices(len(examples), args.batch, local_step, args.seed
                                  + round)[process.dp_rank::process.dp_world]
             if not mine:
                 raise BadInput(f"{len(examples)} examples are too few for {process.dp_world} processes")

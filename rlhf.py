@@ -47,7 +47,6 @@ import json
 import math
 import os
 import random
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -62,8 +61,8 @@ import lora
 from bpe import BadInput, Tokenizer, chat_end, chat_format, cli, replace_file
 from data import tastes
 from model import (GPT, GPTConfig, PARALLEL, RewardModel, adamw_groups, add_up, all_reduce, build_model, by_response,
-                   gather_into, init_weights, kv_cache_bytes, peak_memory, rollouts, same_count, save_run,
-                   setup_process, shard, shares_prompts, step_forward, token_logprobs)
+                   check_out, gather_into, init_weights, kv_cache_bytes, peak_memory, rollouts, same_count, save_run,
+                   setup_process, shard, shares_prompts, start_run, step_forward, token_logprobs)
 
 # -----------------------------------------------------------------------------
 # Rewards. (N,) a score for each answer; (N, T) tokens of answers, mask (N, T) 1 on them and 0 behind
@@ -157,12 +156,13 @@ def group_advantages(scores, size, baseline="mean", std="unbiased", eps=1e-4):
     deviation + ε, "unbiased" (n - 1), "biased" (n), or not ("none").
     """
     groups = scores.view(-1, size)
+    near = groups - groups[:, :1]  # of equal scores exactly 0, which their mean's rounding would spoil
     if baseline == "loo":
-        groups = (groups - groups.mean(1, keepdim=True)) * size / (size - 1)
+        groups = (near - near.mean(1, keepdim=True)) * size / (size - 1)
     elif baseline != "none":
-        groups = groups - (groups.mean(1, keepdim=True) if baseline == "mean" else groups.mean())
+        groups = near - near.mean(1, keepdim=True) if baseline == "mean" else groups - groups.mean()
     if std != "none":
-        groups = groups / (scores.view(-1, size).std(1, keepdim=True, correction=int(std == "unbiased")) + eps)
+        groups = groups / (near.std(1, keepdim=True, correction=int(std == "unbiased")) + eps)
     return groups.flatten()
 
 
@@ -317,6 +317,8 @@ def reward_function(spec, tasks, device):
     kind, _, where = spec.partition("=")
     if kind == "check":
         answers = {task["prompt"]: task["answer"] for task in tasks}
+        if not all(answers.values()):
+            raise BadInput("--reward check needs the answer of every question: add them, or choose another --reward")
         return lambda prompts, responses: [float(data.is_right(r, answers[p])) for p, r in zip(prompts, responses)]
     if kind == "taste":
         return lambda prompts, responses: [tastes.reward(r) for r in responses]
@@ -527,7 +529,7 @@ def comparisons(args, tokenizer, device, say):
             return hh.preferences("train", args.input)[:args.pairs], hh.preferences("val", args.input)[:512], None
         rows = data.read_preferences(args.input)
         random.Random(0).shuffle(rows)
-        n = min(512, len(rows) // 10)
+        n = min(512, max(1, len(rows) // 10))
         return rows[n:][:args.pairs], rows[:n], None
     if args.task != "tastes":
         raise BadInput(f"--stage rm needs comparisons: --task pairs --input FILE, hh, or tastes; {args.task} has none")
@@ -563,7 +565,7 @@ def reward_stage(args, process, say):
     if adapter is not None:
         lora.apply(model, adapter, tokenizer, args.seed)
         model.scalar_head.weight.requires_grad_(True)
-    T, share = min(args.block_size or 2048, model.config.block_size), shares_prompts(model.config)
+    T, share = min(args.block_size or 2048, model.context), shares_prompts(model.config)
     sharded = shard(model, process, args)
     optimizer = optimizer_of(sharded, args.rm_lr, args)
     args.micro_batch = args.micro_batch or max(1, (16384 if device.type == "cuda" else 4096) // T)
@@ -619,17 +621,17 @@ def reward_stage(args, process, say):
                 "calibration_error": calibration_error(gaps.sigmoid())} | halves, values
 
     train, val = encode(rows), encode(held)
-    steps = max(1, math.ceil(args.rm_epochs * len(train) / args.rm_batch))
+    steps = max(1, math.ceil(args.rm_epochs * len(train) / min(args.rm_batch, len(train))))
     out, log = Path(args.out), None
+    if args.template:  # what scores with it later reads what it was trained on
+        tokenizer.chat = dict(zip(("template", "system"), chat_format(tokenizer, args.template)))
     if process.rank == 0:
         start_run(out)
         tokenizer.save(out)
         log = open(out / "log.jsonl", "a")
     model.train()
     for step in range(steps):
-        order = np.random.default_rng([args.seed, step * args.rm_batch // len(train)]).permutation(len(train))
-        at = step * args.rm_batch % len(train)
-        batch = order[at:at + args.rm_batch]
+        batch = data.batch_indices(len(train), args.rm_batch, step, args.seed)
         mine = batch[process.dp_rank::process.dp_world]
         for group in optimizer.param_groups:
             group["lr"] = args.rm_lr * min(1.0, (step + 1) / max(1, 0.1 * steps)) * (1 - step / steps)
@@ -675,16 +677,6 @@ def reward_stage(args, process, say):
     process.wait()
 
 
-def start_run(out):
-    """An empty run directory; a finished run that was there moves to OUT.old."""
-    old = out.with_name(out.name + ".old")
-    if (out / "run.json").exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    elif out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
-
 # -----------------------------------------------------------------------------
 # Stage rl
 
@@ -715,7 +707,7 @@ class Learner:
         self.args, self.process, self.reward_fn, self.tokenizer = args, process, reward_fn, tokenizer
         self.device, self.gae = process.device, args.baseline == "gae"
         actor = load(args.init, args, process)
-        self.T, self.share = min(args.block_size or 2048, actor.config.block_size), shares_prompts(actor.config)
+        self.T, self.share = min(args.block_size or 2048, actor.context), shares_prompts(actor.config)
         if self.gae and args.critic == "head":
             actor = with_scalar_head(actor, scale=0)
         args.micro_batch = args.micro_batch or max(1, (32768 if self.device.type == "cuda" else 4096) // self.T)
@@ -843,7 +835,9 @@ class Learner:
         first = iteration * args.prompts * (4 if args.dynamic else 1)
         groups, texts, prompts, scores, drawn = [], [], [], torch.zeros(0), 0
         self.sharded.eval()
-        while len(groups) < mine and drawn < (4 if args.dynamic else 1):
+        def lacking():  # all ranks go on until all have enough: generation may gather parameters
+            return all_reduce(torch.tensor(float(mine - len(groups)), device=self.device)) > 0
+        while drawn < (4 if args.dynamic else 1) and lacking():
             at = first + drawn * args.prompts + process.dp_rank * mine
             begun = time.time()
             new, said, asked = self.sample([source(at + k) for k in range(mine)],
@@ -855,7 +849,7 @@ class Learner:
             clock["score"] += time.time() - begun
             keep = torch.ones(len(new), dtype=torch.bool)
             if args.dynamic and drawn < 3:
-                keep = found.view(-1, args.group).std(1) > 0
+                keep = found.view(-1, args.group).amax(1) > found.view(-1, args.group).amin(1)
             for g in keep.nonzero().flatten().tolist()[:mine - len(groups)]:
                 here = slice(g * args.group, (g + 1) * args.group)
                 groups, texts, prompts = groups + [new[g]], texts + said[here], prompts + asked[here]
@@ -894,10 +888,11 @@ class Learner:
                 advantages = whiten(advantages, mask, unbiased=args.std == "unbiased", total=total)
         else:
             per_answer = shaped - self.kl_coef * price.sum(1) if in_reward else shaped
-            advantages = group_advantages(per_answer, args.group, args.baseline, args.std, args.std_eps)
-            if args.baseline == "batch":  # of all ranks
+            baseline = args.baseline
+            if baseline == "batch":  # of all ranks
                 mean = total(torch.stack((per_answer.sum(), per_answer.new_tensor(float(N)))))
-                advantages = per_answer - mean[0] / mean[1]
+                per_answer, baseline = per_answer - mean[0] / mean[1], "none"
+            advantages = group_advantages(per_answer, args.group, baseline, args.std, args.std_eps)
             advantages, returns = advantages[:, None] * mask, torch.zeros_like(mask)
         if args.mask_truncated:  # an answer that was cut off says nothing
             advantages = advantages * ended[:, None]
@@ -918,7 +913,7 @@ class Learner:
         if self.critic is not None:
             self.critic.train()
         for epoch in range(args.epochs):
-            for batch in np.array_split(rng.permutation(len(r.groups)), args.minibatches):
+            for batch in np.array_split(rng.permutation(len(r.groups)), min(args.minibatches, len(r.groups))):
                 rows_of = lambda gs: torch.tensor([g * G + k for g in gs for k in range(G)], device=self.device,
                                                   dtype=torch.long)
                 count = all_reduce(torch.stack((r.mask[rows_of(batch)].sum(),
@@ -1031,7 +1026,8 @@ class Learner:
         G, mask, n = self.args.group, r.mask, len(r.scores)
         d = (r.old - r.ref) * mask
         sums = torch.stack([
-            r.scores.sum(), r.scores.square().sum(), (r.scores.view(-1, G).std(1, correction=0) == 0).float().sum(),
+            r.scores.sum(), r.scores.square().sum(),
+            (r.scores.view(-1, G).amax(1) == r.scores.view(-1, G).amin(1)).float().sum(),
             d.sum(), (kl_estimate(r.old, r.ref, "k3") * mask).sum(), (r.entropy * mask).sum(), mask.sum(),
             r.ended.float().sum(), torch.tensor(float(n), device=self.device), torch.tensor(n / G, device=self.device),
             r.shaped.sum()])
@@ -1057,7 +1053,7 @@ def examine(learner, tasks, args, reward_fn, gold=None):
     model, found = learner.generator(), {}
     prompts = [data.question(learner.tokenizer, t["prompt"], args.template) for t in tasks]
     checked = args.task != "tastes" and all(t["answer"] for t in tasks)
-    for name, temperature in (("", 0.0), ("_sampled", 1.0)):
+    for name, temperature in (("", 0.0), ("_sampled", args.temperature)):
         answers = [a for a, in rollouts(model, prompts, 1, learner.end, args.max_new_tokens, temperature, 977,
                                         args.rollout_batch)]
         texts = [data.answer_text(learner.tokenizer, a) for a in answers]
@@ -1246,7 +1242,8 @@ def check_args(args):
     needs_group = compares or args.std != "none" and args.baseline != "gae"
     if args.group < 2 and needs_group and args.stage == "rl":
         raise BadInput(f"--group {args.group}: --algo {args.algo} compares answers to one prompt: give 2 or more")
-    for name in ("prompts", "group", "max_new_tokens", "iterations", "epochs", "minibatches", "rollout_batch", "pairs"):
+    for name in ("prompts", "group", "max_new_tokens", "iterations", "epochs", "minibatches", "rollout_batch", "pairs",
+                 "val"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: give 1 or more")
     if args.temperature <= 0:
@@ -1254,6 +1251,14 @@ def check_args(args):
                        f"usual")
     if args.kl_target and args.kl_in != "reward":
         raise BadInput("--kl_target steers the price in the reward: add --kl_in reward")
+    if args.kl_target and not args.kl_coef > 0:
+        raise BadInput("--kl_target multiplies --kl_coef, which is 0 and would stay so: give it a start, such as 0.05")
+    if args.algo == "cispo" and not args.clip_high > 0:
+        raise BadInput(f"--clip_high {args.clip_high:g}: cispo's weights need a bound above 0; 5 is usual")
+    if args.stage == "rm" and args.resume:
+        raise BadInput("--stage rm does not resume: start it again")
+    if args.stage == "rm" and args.task == "pairs" and not args.input:
+        raise BadInput("--task pairs needs --input FILE.jsonl")
     return args
 
 
@@ -1273,6 +1278,8 @@ def main():
             args.init = str(train_start(args, device, lambda *a: None))
         else:
             args.init = "out/sft"
+    if not args.resume:
+        check_out(out, args.init)
     if args.stage == "rm":
         reward_stage(args, process, say)
         return process.close()
@@ -1294,6 +1301,8 @@ def main():
     order = np.random.default_rng(args.seed).permutation(len(train))
     source = lambda i: train[order[i % len(train)]]
     learner = Learner(args, process, reward_fn, tokenizer, say)
+    if args.template:  # what chats with it later writes what it was trained on
+        tokenizer.chat = dict(zip(("template", "system"), chat_format(tokenizer, args.template)))
     if device.type == "cuda" if args.compile is None else args.compile:
         learner.actor.compile_parts()
     if args.ptx:
@@ -1418,7 +1427,7 @@ def main():
                 warned.add(name)
                 say(f"warning: {advice}")
         if args.sample_every and (iteration + 1) % args.sample_every == 0:
-            for k in range(2):
+            for k in range(min(2, len(r.groups))):
                 say(f"    {r.prompts[k * args.group]} {r.texts[k * args.group]!r}  {r.scores[k * args.group]:.2f}")
         if args.save_every and (iteration + 1) % args.save_every == 0:
             save({}, iteration + 1)

@@ -21,8 +21,6 @@ import itertools
 import json
 import math
 import os
-import re
-import shutil
 import signal
 import time
 from collections import Counter
@@ -36,8 +34,8 @@ from torch.utils.checkpoint import checkpoint
 import data
 import lora
 from bpe import CHAT_TEMPLATES, BadInput, Tokenizer, chat_end, chat_format, chat_stops, cli, render_chat, replace_file
-from model import (PARALLEL, AdamW8bit, adamw_groups, all_reduce, cap, linear_cross_entropy, load_run, peak_memory,
-                   save_run, setup_process, shard)
+from model import (PARALLEL, AdamW8bit, adamw_groups, all_reduce, cap, check_out, linear_cross_entropy, load_run,
+                   peak_memory, save_run, setup_process, shard, start_run)
 
 # -----------------------------------------------------------------------------
 # Losses
@@ -105,7 +103,8 @@ def encode(where, row, tokenizer, args):
         answer = tokenizer.encode(row.get("completion", row.get("text", "")))
         if not answer:
             return "with an empty completion"
-        return np.array(prompt + answer + begin), np.array([0] * len(prompt) + [1] * (len(answer) + len(begin)))
+        mask = [int(args.train_on_prompt)] * len(prompt) + [1] * (len(answer) + len(begin))
+        return np.array(prompt + answer + begin), np.array(mask)
     turns = row["messages"]
     while turns and turns[-1].get("role") == "user":  # nobody answers
         turns = turns[:-1]
@@ -306,17 +305,9 @@ def validate(sharded, sets, args, T, process):
     return {"val_loss": (total[0] / total[1]).item()} | (losses if len(losses) > 1 else {})
 
 
-def is_right(text, answer):
-    """GSM8K's answer by the number after ####, any other letter by letter."""
-    if "####" not in answer:
-        return text.strip() == answer.strip()
-    numbers = [re.findall(r"-?\d[\d,]*\.?\d*", t.rpartition("####")[2]) for t in (text, answer)]
-    return all(numbers) and len({float(found[0].replace(",", "").rstrip(".")) for found in numbers}) == 1
-
-
 def answer(model, tokenizer, args, prompts, max_new_tokens, batch=128):
     """What the model says to conversations that end with a user's turn, greedily."""
-    texts, T = [], model.config.block_size - (model.virtual.tokens if model.virtual else 0)
+    texts, T = [], model.context
     for i in range(0, len(prompts), batch):
         ids = [render_chat(tokenizer, turns, args.template, args.system, generation=True)[0][-(T - 1):]
                for turns in prompts[i:i + batch]]
@@ -329,7 +320,7 @@ def answer(model, tokenizer, args, prompts, max_new_tokens, batch=128):
 def held_out_chats(parts, limit, args):
     """The first validation rows that are conversations which the assistant ends."""
     chats = (data.conversation(row, where, args.template).get("messages") for where, row in parts["val"])
-    chats = (turns for turns in chats if turns and len(turns) > 1 and turns[-1]["role"] == "assistant")
+    chats = (turns for turns in chats if turns and [turn["role"] for turn in turns[-2:]] == ["user", "assistant"])
     return list(itertools.islice(chats, limit))
 
 
@@ -350,7 +341,7 @@ def report(model, tokenizer, args, sets, say):
             continue
         longest = max(len(tokenizer.encode(turns[-1]["content"])) for turns in chats)
         texts = answer(model, tokenizer, args, [turns[:-1] for turns in chats], min(512, 2 * longest + 8))
-        right[name] = [is_right(text, turns[-1]["content"]) for text, turns in zip(texts, chats)]
+        right[name] = [data.is_right(text, turns[-1]["content"]) for text, turns in zip(texts, chats)]
         say(f"{name}: {sum(right[name]) / len(chats):.1%} of {len(chats)} held-out questions right, for example")
         for turns, text, good in list(zip(chats, texts, right[name]))[::max(1, len(chats) // 3)][:3]:
             say(f"    {turns[-2]['content']} | {text.strip()}"
@@ -386,6 +377,8 @@ def read_labelled(rows, tokenizer, T, labels=None):
                      "similarity": lambda: [[row["text_a"], row["text_b"]], [row["text_b"], row["text_a"]]],
                      "choice": lambda: [[row["context"], choice] for choice in row["choices"]]}[kind]()
             label = row["answer"] if kind == "choice" else str(row["label"])
+            if kind == "choice" and label not in range(len(row["choices"])):
+                raise KeyError("answer")
             texts = []
             for part in parts:
                 ids = [tokenizer.encode(text) for text in part]
@@ -464,9 +457,9 @@ def classify(args, process, tokenizer, started, say):
     model, base = lora.start(args.init, lora.from_args(args), process.device, dtype, tokenizer, args.seed, len(labels))
     model.compute_dtype, model.loss = dtype, asked_cross_entropy
     longest = max(len(ids) for texts, _ in examples + val for ids in texts)
-    if longest > model.config.block_size:
-        raise BadInput(f"a row of {longest} tokens is longer than the model's context of {model.config.block_size}: "
-                       f"give --block_size {model.config.block_size}")
+    if longest > model.context:
+        raise BadInput(f"a row of {longest} tokens is longer than the model's context of {model.context}: give "
+                       f"--block_size {model.context}")
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adamw_groups(model, args.weight_decay), lr=0.0, betas=(0.9, args.beta2))
     B = max(process.world, args.batch_tokens // longest // process.world * process.world)
@@ -476,8 +469,8 @@ def classify(args, process, tokenizer, started, say):
         f"{B} a step")
     model.train()
     for step in range(steps):
-        order = np.random.default_rng([args.seed, step * B // len(examples)]).permutation(len(examples))
-        chosen = [examples[order[(step * B + i) % len(examples)]] for i in range(B)][process.rank::process.world]
+        taken = data.batch_indices(len(examples), B, step, args.seed)
+        chosen = [examples[i] for i in taken[process.rank::process.world]]
         torch.manual_seed(hash((args.seed, step, process.rank)) % 2 ** 32)
         loss = classifier_loss(model, *zip(*chosen), kind, args.aux)
         loss.backward()
@@ -592,17 +585,6 @@ def load_optim(out):
         raise BadInput(f"{path} is damaged ({type(error).__name__}): start again without --resume") from None
 
 
-def start_run(out):
-    """An empty run directory; a finished run that was there moves to OUT.old."""
-    old = out.with_name(out.name + ".old")
-    if (out / "run.json").exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    elif out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
-
-
 def with_tokens(tokenizer, names):
     """The tokenizer with further special tokens at the end of its vocabulary."""
     new = [name for name in names if name not in tokenizer.special]
@@ -629,8 +611,6 @@ def check_args(args, model, process):
         raise BadInput("--relora restarts --tune lora over weights that are not quantized: give --lora_rank with it")
     if args.resume and (args.relora or adapter and adapter.tune == "adalora"):
         raise BadInput("--resume: adalora and --relora keep no record of their restarts: start again without --resume")
-    if not args.resume and Path(args.out).exists() and Path(args.init).exists() and Path(args.out).samefile(args.init):
-        raise BadInput(f"--out {args.out} is the run that is tuned: give another folder")
     if args.block_size < 0 or args.block_size > model.config.block_size:
         raise BadInput(f"--block_size {args.block_size}: the model's context is {model.config.block_size}")
 
@@ -671,6 +651,8 @@ def main():
     process = setup_process(args.device, args)
     device, main_process, started = process.device, process.rank == 0, time.time()
     say = print if main_process else lambda *a, **k: None
+    if not args.resume:
+        check_out(args.out, args.init)
 
     # tokenizer and model
     tokenizer = Tokenizer.from_pretrained(args.init)
@@ -680,20 +662,22 @@ def main():
     if args.task == "classify":
         return classify(args, process, tokenizer, started, say)
     chat_end(tokenizer, template)  # refuses a tokenizer that lacks the template's tokens
-    tokenizer.chat = {"template": template, "system": system or None}
+    tokenizer.chat, args.template = {"template": template, "system": system or None}, template
     dtype = choose_dtype(args.dtype, device)
     args.dtype = str(dtype).removeprefix("torch.")
     adapter = lora.from_args(args)
     model, base = lora.start(args.init, adapter, device, dtype, tokenizer, args.seed)
     model.compute_dtype = dtype
     check_args(args, model, process)
-    virtual = model.virtual.tokens if model.virtual is not None else 0
-    T = min(args.block_size or 2048, model.config.block_size - virtual)
+    T = min(args.block_size or 2048, model.context)
 
     # data
     raw, left_out = data.chat_sets(args.data, args.input, args.val, args.limit), Counter()
     sets = {name: read_examples(parts["train"], tokenizer, args, T, left_out) for name, parts in raw.items()}
     val = {name: read_examples(parts["val"], tokenizer, args, T, Counter()) for name, parts in raw.items()}
+    if args.dedup != "none":  # what is trained on says nothing of the rest
+        known = {ids.tobytes() for examples in sets.values() for ids, _ in examples}
+        val = {name: [e for e in examples if e[0].tobytes() not in known] for name, examples in val.items()}
     val = {name: examples for name, examples in val.items() if examples}
     why = "; ".join(f"{n} {reason}" for reason, n in left_out.items())
     if why:
@@ -814,7 +798,7 @@ def main():
             loss = summed_loss(sharded, batch, last=i == len(batches) - 1) * weight
             losses[kind] += loss.detach()
             if allocator and i == 0:
-                loss = loss + 0.5 * lora.orthogonality(model)
+                loss = loss + 0.5 * lora.orthogonality(model) / process.dp_world
             (loss * process.dp_world).backward()  # replicas' gradients are averaged
         norm = sharded.reduce(args.grad_clip or math.inf)
         optimizer.step()
@@ -830,7 +814,7 @@ def main():
         pending.append((torch.cat((all_reduce(losses), norm.view(1))), args.lr * share))
         read += sum(len(epochs.examples[e][0]) - 1 for row in chosen for e in row) + mixed * T  # padding is not text
         last = step == args.steps
-        if last or step % args.log_every == 0 or step == 1:
+        if last or step % args.log_every == 0 or step == 1 or args.save_every and step % args.save_every == 0:
             for i, (stats, lr) in enumerate(pending):
                 loss, mix_loss, norm = stats.tolist()
                 line = {"step": step - len(pending) + 1 + i, "loss": round(loss, 5), "lr": lr}

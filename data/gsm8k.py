@@ -16,7 +16,7 @@ FOLDER = Path(__file__).with_suffix("")
 def messages(row):
     """{"question", "answer"} as a conversation, without the <<48/2=24>> that are meant for a calculator."""
     return [{"role": "user", "content": row["question"]},
-            {"role": "assistant", "content": re.sub(r"<<.*?>>", "", row["answer"])}]
+            {"role": "assistant", "content": re.sub(r"<<[^<>=;\n]*=[^<>;\n]*>>", "", row["answer"])}]
 
 
 def chats(split, input=None):

@@ -16,7 +16,7 @@ REPO = "anon8231489123/ShareGPT_Vicuna_unfiltered"
 FILE = "ShareGPT_V3_unfiltered_cleaned_split.json"
 FOLDER = Path(__file__).with_suffix("")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant",
-         "assistant": "assistant", "system": "system"}
+         "bing": "assistant", "assistant": "assistant", "system": "system"}
 
 
 def messages(row, where="the row"):

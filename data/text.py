@@ -92,8 +92,8 @@ def unreadable(path, error):
     """The BadInput for a file that could not be read to its end."""
     if path.suffix in UNPACK and not isinstance(error, PermissionError):
         why = f"is cut short, damaged or not a {path.suffix} file ({error})"
-        return BadInput(f"--input: {path} {why}; replace it or leave it out.")
-    return BadInput(f"--input: {path} cannot be read ({error}); replace it or leave it out.")
+        return BadInput(f"{path} {why}; replace it or leave it out.")
+    return BadInput(f"{path} cannot be read ({error}); replace it or leave it out.")
 
 
 def blocks(path):

@@ -29,7 +29,7 @@ def stories(blocks):
 def documents(split, input=None):
     """(text, starts_document) of a split, a story each; downloads the text on first use."""
     if input is not None:
-        blocks = (piece for piece, _ in text.documents(split, input))
+        blocks = ((END if starts else "") + piece for piece, starts in text.documents(split, input))
     else:
         blocks = text.blocks(fetch(REPO, [FILES[split]], FOLDER)[0])
     for story in stories(blocks):

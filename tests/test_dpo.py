@@ -324,14 +324,14 @@ def test_the_reference_of_an_adapter_is_the_model_with_it_switched_off():
 
 
 def test_epochs_take_every_example_once():
-    taken = [i for step in range(6) for i in dpo.batch_indices(10, 5, step, 0)]
+    taken = [i for step in range(6) for i in data.batch_indices(10, 5, step, 0)]
     assert sorted(taken[:10]) == list(range(10)) == sorted(taken[10:20]) and taken[:10] != taken[10:20]
-    assert sorted(i for step in range(5) for i in dpo.batch_indices(10, 4, step, 0)) == sorted(list(range(10)) * 2)
+    assert sorted(i for step in range(5) for i in data.batch_indices(10, 4, step, 0)) == sorted(list(range(10)) * 2)
 
 
 def test_ktos_mismatches_answer_other_prompts():
     examples = [dpo.Example([i // 2], [[i]], 1.0) for i in range(20)]
-    for example, (prompt, (response,)) in zip(examples, dpo.mismatch(examples, 0)):
+    for example, (prompt, (response,)) in zip(examples, dpo.mismatch(examples, 0, 64)):
         assert prompt == example.prompt and response[0] // 2 != prompt[0]
 
 
@@ -553,3 +553,16 @@ def test_bad_input_is_answered_in_one_sentence(world, capsys, monkeypatch, flags
         dpo.cli(dpo.main)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and sentence in error and error.count("\n") == 1, error
+
+
+def test_questions_of_a_file_are_asked_that_were_not_trained_on(tmp_path):
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) + "\n"
+                                              for i in range(300)))
+    args = SimpleNamespace(data="prompts", input=tmp_path / "q.jsonl", val=0)
+    train, held = ({row["prompt"] for row in dpo.questions(args, "prompts", split, 1000)} for split in ("train", "val"))
+    assert len(held) == 30 and len(train) == 270 and not held & train
+
+
+def test_ktos_mismatches_fit_into_the_row():
+    examples = [dpo.Example([1] * 30, [[2] * 5], 1.0), dpo.Example([3] * 5, [[4] * 30], 0.0)]
+    assert all(len(p) - 1 + len(r) <= 48 for p, (r,) in dpo.mismatch(examples, 0, 48))

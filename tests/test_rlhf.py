@@ -13,7 +13,7 @@ import torch
 
 import data
 import rlhf
-from bpe import Tokenizer
+from bpe import BadInput, Tokenizer
 from conftest import ROOT
 from data import addition, multiplication, tastes
 from model import GPT, GPTConfig, Process, by_response, end_scores, init_weights, load_run, rollouts, save_run
@@ -667,3 +667,14 @@ def test_bad_input_is_answered_in_one_sentence(folder, capsys, monkeypatch, flag
         rlhf.cli(rlhf.main)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and sentence in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("baseline", ["mean", "loo"])
+def test_equal_scores_teach_nothing_however_they_round(baseline):
+    advantages = rlhf.group_advantages(torch.tensor([0.3] * 6 + [0.1] * 6), 6, baseline, "unbiased", 1e-9)
+    assert torch.equal(advantages, torch.zeros(12))
+
+
+def test_checked_rewards_need_answers():
+    with pytest.raises(BadInput, match="answer"):
+        rlhf.reward_function("check", [{"prompt": "say something", "answer": ""}], "cpu")

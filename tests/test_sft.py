@@ -457,8 +457,8 @@ def test_a_share_of_a_file_is_held_out_and_never_trained(tmp_path):
 
 
 def test_an_answer_is_right_letter_by_letter_or_by_its_number():
-    assert sft.is_right(" 986 ", "986") and not sft.is_right("9860", "986")
-    assert sft.is_right("so\n#### 1,024.", "x\n#### 1024") and not sft.is_right("#### 10", "#### 1024")
+    assert data.is_right(" 986 ", "986") and not data.is_right("9860", "986")
+    assert data.is_right("so\n#### 1,024.", "x\n#### 1024") and not data.is_right("#### 10", "#### 1024")
 
 
 # Bad input: one sentence, exit status 2
@@ -482,7 +482,7 @@ def test_an_answer_is_right_letter_by_letter_or_by_its_number():
     (json.dumps(CHATS[0]) + "\n", ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     (json.dumps(CHATS[0]) + "\n", ["--init", "nowhere/at/all"], "nowhere"),
     (json.dumps(CHATS[0]) + "\n", ["--resume"], "--resume"),
-    (json.dumps(CHATS[0]) + "\n", ["--out", "BASE"], "the run that is tuned"),
+    (json.dumps(CHATS[0]) + "\n", ["--out", "BASE"], "take the place"),
     (json.dumps({"text_a": "x", "label": "y"}) + "\n", ["--task", "classify"], "line 1"),
 ])
 def test_bad_input_is_one_sentence(base, tmp_path, rows, flags_, message):
@@ -492,3 +492,14 @@ def test_bad_input_is_one_sentence(base, tmp_path, rows, flags_, message):
     _, text = tune("--init", base, "--data", path, "--steps", 2, "--batch_tokens", 256, "--out", tmp_path / "out",
                    *flags_, check=2)
     assert message in text.splitlines()[-1]
+
+
+def test_numbers_are_read_where_evaluation_reads_them():
+    assert not data.is_right("She bought 3 bags of 4, so 12 apples", "#### 3")
+    assert data.is_right("She bought 3 bags of 4, so 12 apples", "#### 12")
+    assert not data.is_right("nothing", "#### 12")
+
+
+def test_only_calculators_notes_are_taken_out_of_an_answer():
+    row = {"question": "C++?", "answer": "cin >> a; cout << a << b; x = y >> 2; 2*3=<<2*3=6>>6"}
+    assert data.conversation(row)["messages"][-1]["content"] == "cin >> a; cout << a << b; x = y >> 2; 2*3=6"

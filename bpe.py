@@ -44,6 +44,7 @@ import sys
 import sysconfig
 import time
 import unicodedata
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -67,6 +68,8 @@ class BadInput(ValueError):
 
 def cli(main):
     """Runs a script's main; what the user can mend ends in one sentence and exit status 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # lone surrogates, bytes that were no UTF-8, can be shown
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
@@ -632,8 +635,9 @@ def read_bytes(path):
 
 
 def read_json(path):
+    data = read_bytes(path)
     try:
-        return json.loads(read_bytes(path))
+        return json.loads(data)
     except ValueError:
         raise BadInput(f"{path} is not valid JSON; copy it again") from None
 
@@ -746,13 +750,13 @@ def from_hugging_face(data, path):
     except (KeyError, TypeError, ValueError, AttributeError):
         refuse("no BPE vocabulary with merges")
 
-    normal, prefix, patterns, pieces = [], "", [], model.get("byte_fallback", False)
+    normal, prefix, patterns, pieces, apart = [], "", [], model.get("byte_fallback", False), False
     for step in steps(data.get("normalizer")):
         if step["type"] in ("NFC", "NFD", "NFKC", "NFKD"):
             normal.append(step["type"])
         elif pieces and step["type"] == "Prepend" and step["prepend"] == "▁":
             prefix = "prepend"
-        elif not pieces or step["type"] != "Replace":
+        elif not pieces or step["type"] != "Replace" or (step["pattern"], step["content"]) != ({"String": " "}, "▁"):
             refuse(f"the normalizer {step['type']}")
     for step in steps(data.get("pre_tokenizer")):
         if step["type"] == "Split":
@@ -771,12 +775,15 @@ def from_hugging_face(data, path):
         elif step["type"] == "Metaspace" and pieces:
             scheme = step.get("prepend_scheme", "always")
             prefix = "" if scheme == "never" else scheme
+            apart = step.get("split", True)  # no token reaches over the next ▁
         else:
             refuse(f"the pre-tokenizer {step['type']}")
 
     if not pieces and not any(step["type"] == "ByteLevel"
                               for step in steps(data.get("pre_tokenizer"))):
         refuse("no byte-level pre-tokenizer")
+    if pieces and patterns:
+        refuse("a pre-tokenizer that splits, beside SentencePiece's ▁")
     # Letters first, then what merges make, in the order of the merges.
     order = {i: n for n, i in reversed(list(enumerate(made)))}
     byte_of = {letter: b for b, letter in byte_letters().items()}
@@ -787,17 +794,19 @@ def from_hugging_face(data, path):
             special[token] = i  # no merge makes it: only its name can
         elif pieces:
             ranks[token.encode()] = i
+        elif not set(token) <= byte_of.keys():
+            refuse(f"the token {token!r}, which is not of bytes")
         else:
             ranks[bytes(byte_of[letter] for letter in token)] = i
     if pieces:
-        return sentencepiece(ranks, special, normal, prefix)
+        return sentencepiece(ranks, special, normal, prefix, apart)
     return Tokenizer("bpe", ranks, patterns, special, normal)
 
 
-def sentencepiece(ranks, special, normal=(), prefix="prepend"):
-    """Cuts before ▁, so that words can be cached, unless a token has one inside."""
+def sentencepiece(ranks, special, normal=(), prefix="prepend", apart=False):
+    """Cuts before ▁, so that words can be cached, unless a token has one inside. apart: before each ▁ of several."""
     inside = any("▁" in token.decode().lstrip("▁") for token in ranks)
-    patterns = [r"(?s:.)+"] if inside else ["▁*[^▁]+|▁+"]
+    patterns = ["▁[^▁]*|[^▁]+"] if apart else [r"(?s:.)+"] if inside else ["▁*[^▁]+|▁+"]
     return Tokenizer("sentencepiece", ranks, patterns, special, normal, prefix)
 
 
@@ -840,7 +849,8 @@ def to_hugging_face(tokenizer):
                  for token, n in order.items() if len(token) > 1)
         merges = [[spell(a), spell(b)] for a, b in (pair for pair in pairs if len(pair) == 2)]
         # Oniguruma takes {1,3}+ for a loop of loops and $ for the end of a line.
-        cuts = [p.replace("{1,3}+", "{1,3}").replace("$", r"\z") for p in tokenizer.patterns]
+        known = {p: p.replace("{1,3}+", "{1,3}").replace("$", r"\z") for p in PATTERNS.values()}
+        cuts = [known.get(p, p) for p in tokenizer.patterns]
         before = [{"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated",
                    "invert": False} for cut in cuts]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
@@ -1410,7 +1420,7 @@ def read_pieces(paths, size=1 << 20):
                 unpack = UNPACK.get(file.suffix, open)
                 with unpack(file, "rt", encoding="utf-8", errors="replace", newline="") as text:
                     yield from pieces_of(text, size)
-            except (OSError, EOFError, lzma.LZMAError) as error:
+            except (OSError, EOFError, UnicodeDecodeError, zlib.error, lzma.LZMAError) as error:
                 raise BadInput(f"{file} cannot be read: {error}") from None
 
 
@@ -1493,7 +1503,7 @@ def decode(args):
 
 def inspect(args):
     tokenizer = Tokenizer.from_pretrained(args.tokenizer)
-    if args.glitch:
+    if args.glitch or args.files:
         return glitch(tokenizer, read_pieces(args.files or standard_library()))
     text = sys.stdin.read() if args.text == "-" else args.text
     ids = tokenizer.encode(text, args.allow_special)

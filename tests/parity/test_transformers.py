@@ -198,7 +198,8 @@ def rewrite(folder, change):
 @pytest.mark.parametrize("change, words", [
     (lambda hf: {"model_type": "mamba"}, "mamba"), (lambda hf: [], "config.json"),
     (lambda hf: hf | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
-    (lambda hf: hf | {"hidden_act": "tanh"}, "hidden_act 'tanh'"), (lambda hf: hf | {"hidden_size": "wide"}, "field"),
+    (lambda hf: hf | {"hidden_act": "tanh"}, "hidden_act 'tanh'"),
+    (lambda hf: hf | {"hidden_size": "wide"}, "whole number"),
     (lambda hf: {k: v for k, v in hf.items() if k != "num_attention_heads"}, "field|n_head|shape"),
     (lambda hf: hf | {"intermediate_size": 111}, "shape"), (lambda hf: hf | {"num_hidden_layers": 4}, "no tensor"),
     (lambda hf: hf | {"num_hidden_layers": 2}, "does not explain"), (lambda hf: hf | {"vocab_size": 301}, "301 ids"),

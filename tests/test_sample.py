@@ -101,7 +101,8 @@ def test_several_samples_are_those_of_the_seeds_alone(run_dir):
     (["--prompt", "the cat sat " * 40, "--beams", "2"], "context"),
     (["--prompt", "the cat sat " * 40, "--choices", "a", "b"], "context")])
 def test_bad_input_is_one_sentence_and_status_two(run_dir, args, word):
-    _, err = sample("--init", run_dir, "--prompt", "the", *args, check=2)
+    prompt = () if "--questions" in args else ("--prompt", "the")
+    _, err = sample("--init", run_dir, *prompt, *args, check=2)
     assert err.splitlines()[-1].startswith("sample.py: error: ") and word in err
 
 

@@ -807,7 +807,8 @@ def compiled(function, dynamic=None, vector=False):
 
 
 VECTORS = 8  # rows up to which
-TILE = 16384  # weights of a program, where they have 16 bits
+# bits: weights of a tile, programs at once on a processor, that walk over tiles (None: a program for each tile), warps
+PROGRAMS = {0: (16384, None, 4), 8: (16384, 4, 4), 4: (65536, 2, 8)}
 
 
 def early():
@@ -833,22 +834,26 @@ def vector_product(x, *linears, norm=None, act="", residual=None):
     widths, bits, group = [f.out_features for f in linears], stored[0].bits, stored[0].group
     y = x.new_empty(M, widths[0] if gated else sum(widths))
     wide = triton.next_power_of_2(K)
-    rows, parts = max(1, TILE // wide // (1 + gated)), 1 if gated else len(linears)
-    for _ in range({8: 1, 4: 2}.get(bits, 0)):  # as many bytes of codes, while there is a program for each processor
-        if parts * max(widths) // (2 * rows) >= processors(x.device):
-            rows *= 2
+    weights, resident, warps = PROGRAMS[bits]
+    rows, parts = max(2 if bits else 1, weights // wide // (1 + gated)), 1 if gated else len(linears)
+    while bits and rows > 1 and parts * max(widths) // rows < processors(x.device):
+        rows //= 2
+    steps = 1
+    if resident and M == 1:  # x is normalized once for all the rows of a program
+        steps = math.ceil(parts * max(widths) / rows / resident / processors(x.device))
     three = lambda values: (list(values) + [values[0]] * 2)[:3]  # absent ones are never read
     given = lambda t, other: other if t is None else t
     gain, shift = (None, None) if norm is None else (norm.weight, norm.bias)
-    grid = triton.cdiv(max(widths), rows), parts
+    grid = triton.cdiv(max(widths), rows * steps), parts
     triton_vector[grid](
         x, y, given(gain, x), given(shift, x), given(stored[0].stretch, x), given(residual, x),
         *three([s.weight for s in stored]), *three([given(f.bias, x) for f in linears]),
         *three([given(s.scale, x) for s in stored]), *three([given(s.zero, x) for s in stored]), *three(widths),
-        y.shape[1], 0x780000, 0.0 if norm is None else norm.eps, K=K, M=M, ROWS=rows, WIDE=wide, BITS=bits,
-        GROUP=group or wide, NORM="" if norm is None else norm.normalize.__name__, GAIN=gain is not None,
-        SHIFT=shift is not None, STRETCH=stored[0].stretch is not None, BIAS=linears[0].bias is not None,
-        ZERO=stored[0].zero is not None, ACT=act, GATED=gated, RESIDUAL=residual is not None, num_warps=4, **early())
+        y.shape[1], 0x7F8000 if bits == 8 else 0x780000, 0.0 if norm is None else norm.eps, K=K, M=M, ROWS=rows,
+        STEPS=steps, WIDE=wide, BITS=bits, GROUP=group or wide, NORM="" if norm is None else norm.normalize.__name__,
+        GAIN=gain is not None, SHIFT=shift is not None, STRETCH=stored[0].stretch is not None,
+        BIAS=linears[0].bias is not None, ZERO=stored[0].zero is not None, ACT=act, GATED=gated,
+        RESIDUAL=residual is not None, num_warps=warps, **early())
     return y
 
 
@@ -898,25 +903,29 @@ if triton is not None:
         return tl.where(which == 0, a, tl.where(which == 1, b, c))
 
     @triton.jit
-    def vector_weights(w, scale, zero, n, N, K: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
-                       BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr):
-        """Rows n of the weights: (n, WIDE), or words of eight codes (n, WIDE / 8); scales, zeros (n, WIDE / GROUP)."""
-        many: tl.constexpr = 8 if BITS == 4 else 1
+    def vector_weights(w, scale, zero, bias, n, N, K: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+                       BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr):
+        """Rows n: weights (n, WIDE), or words of 4 or 8 codes; their scales and zeros (n, WIDE / GROUP); biases (n,)."""
+        many: tl.constexpr = 32 // BITS if BITS else 1
         k, at = tl.arange(0, WIDE // many), n.to(tl.int64)
-        words = w.to(tl.pointer_type(tl.int32)) if BITS == 4 else w
+        words = w.to(tl.pointer_type(tl.int32)) if BITS else w
         tile = tl.load(words + at[:, None] * (K // many) + k[None, :], mask=(n < N)[:, None] & (k < K // many)[None, :],
                        other=0)
         g, groups = tl.arange(0, WIDE // GROUP), tl.cdiv(K, GROUP)
         there, place = (n < N)[:, None] & (g < groups)[None, :], at[:, None] * groups + g[None, :]
         if BITS:
-            s = tl.load(scale + place, mask=there, other=0).to(tl.float32)
+            s = tl.load(scale + place, mask=there, other=0)
         else:
             s = tl.full([ROWS, 1], 1.0, tl.float32)
         if ZERO:
-            z = tl.load(zero + place, mask=there, other=0).to(tl.float32)
+            z = tl.load(zero + place, mask=there, other=0)
         else:
-            z = tl.full([ROWS, 1], 8.0, tl.float32)
-        return tile, s, z
+            z = tl.full([ROWS, 1], 2.0 ** (BITS - 1) if BITS else 0.0, tl.float32)
+        if BIAS:
+            b = tl.load(bias + n, mask=n < N, other=0)
+        else:
+            b = tl.full([ROWS], 0.0, tl.float32)
+        return tile, s, z, b
 
     @triton.jit
     def vector_input(x, stretch, g, h, eps, K: tl.constexpr, WIDE: tl.constexpr, NORM: tl.constexpr,
@@ -934,21 +943,22 @@ if triton is not None:
         return v
 
     @triton.jit
-    def add_codes(sums, words, v, mask, at: tl.constexpr):
+    def add_codes(sums, words, v, mask, at: tl.constexpr, BITS: tl.constexpr):
         """
-        sums + v (1 + c / 16), c the code whose four bits begin at bit `at`: they become the first bits of a float's
-        mantissa by a shift and one logical instruction, where the conversion of an integer takes three. That
-        instruction has room for one constant, the exponent; so mask, where those bits lie, is none.
+        sums + v (1 + c / 2^BITS), c the code whose bits begin at bit `at`: they become the first bits of a float's
+        mantissa by a shift and one logical instruction, where the conversion of an integer takes a slow one and more.
+        That instruction has room for one constant, the exponent; so mask, where those bits lie, is none. Codes of 8
+        bits are stored less 128, that is with the first bit turned.
         """
-        shift: tl.constexpr = 19 - at
-        bits = ((words << shift if shift >= 0 else words >> -shift) & mask) | 0x3F800000
+        shift: tl.constexpr = 23 - BITS - at
+        turn: tl.constexpr = 0x3FC00000 if BITS == 8 else 0x3F800000
+        bits = ((words << shift if shift >= 0 else words >> -shift) & mask) ^ turn
         return tl.fma(bits.to(tl.float32, bitcast=True), tl.broadcast_to(v[None, :], words.shape), sums)
 
     @triton.jit
-    def vector_dot(tile, s, z, v, mask, ROWS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr,
-                   GROUP: tl.constexpr):
-        """Those rows times v (WIDE,): (n,). Codes of 8 bits are stored less 128, so that their zero is 0."""
-        if BITS == 4:  # entry 4 a + 2 b + c of a word's eight; the first code of a byte is its high half
+    def vector_parts(v, WIDE: tl.constexpr, BITS: tl.constexpr):
+        """v (WIDE,) as vector_dot needs it: what the first, second … code of each word is multiplied by; their sums."""
+        if BITS == 4:  # entry 4 a + 2 b + c of a word's eight
             u0, u1 = tl.split(tl.reshape(v, (WIDE // 8, 2, 2, 2)))
             u00, u10 = tl.split(u0)
             u01, u11 = tl.split(u1)
@@ -956,21 +966,38 @@ if triton is not None:
             v2, v6 = tl.split(u10)
             v1, v5 = tl.split(u01)
             v3, v7 = tl.split(u11)
-            sums = add_codes(tl.zeros(tile.shape, tl.float32), tile, v0, mask, 4)
-            sums = add_codes(sums, tile, v1, mask, 0)
-            sums = add_codes(sums, tile, v2, mask, 12)
-            sums = add_codes(sums, tile, v3, mask, 8)
-            sums = add_codes(sums, tile, v4, mask, 20)
-            sums = add_codes(sums, tile, v5, mask, 16)
-            sums = add_codes(sums, tile, v6, mask, 28)
-            sums = add_codes(sums, tile, v7, mask, 24)
-            sums = tl.sum(tl.reshape(sums, (ROWS, WIDE // GROUP, GROUP // 8)), 2)
-            whole = v0 + v1 + v2 + v3 + v4 + v5 + v6 + v7
-            whole = tl.sum(tl.reshape(whole, (WIDE // GROUP, GROUP // 8)), 1)
-            dot = tl.sum((16 * sums - (16 + z) * whole[None, :]) * s, 1)
+            return v0, v1, v2, v3, v4, v5, v6, v7, v0 + v1 + v2 + v3 + v4 + v5 + v6 + v7
+        elif BITS == 8:
+            u0, u1 = tl.split(tl.reshape(v, (WIDE // 4, 2, 2)))
+            v0, v2 = tl.split(u0)
+            v1, v3 = tl.split(u1)
+            return v0, v1, v2, v3, v0 + v1 + v2 + v3
         else:
-            dot = tl.sum(tile.to(tl.float32) * v[None, :], 1) * tl.sum(s, 1)
-        return dot
+            return (v,)
+
+    @triton.jit
+    def vector_dot(tile, s, z, v, mask, ROWS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr,
+                   GROUP: tl.constexpr):
+        """Those rows times vector_parts: (n,)."""
+        if BITS == 0:
+            return tl.sum(tile.to(tl.float32) * v[0][None, :], 1)
+        else:
+            many: tl.constexpr = 32 // BITS
+            one: tl.constexpr = 2.0 ** BITS
+            sums = tl.zeros(tile.shape, tl.float32)
+            if BITS == 4:  # the first code of a byte is its high half
+                for i in tl.static_range(8):
+                    sums = add_codes(sums, tile, v[i], mask, 4 * (i ^ 1), 4)
+            else:
+                for i in tl.static_range(4):
+                    sums = add_codes(sums, tile, v[i], mask, 8 * i, 8)
+            if WIDE == GROUP:
+                return (one * tl.sum(sums, 1) - (one + tl.sum(z.to(tl.float32), 1)) * tl.sum(v[many], 0)) \
+                    * tl.sum(s.to(tl.float32), 1)
+            else:
+                sums = tl.sum(tl.reshape(sums, (ROWS, WIDE // GROUP, GROUP // many)), 2)
+                whole = tl.sum(tl.reshape(v[many], (WIDE // GROUP, GROUP // many)), 1)
+                return tl.sum((one * sums - (one + z.to(tl.float32)) * whole[None, :]) * s.to(tl.float32), 1)
 
     @triton.jit
     def activated(z, ACT: tl.constexpr):
@@ -991,35 +1018,50 @@ if triton is not None:
 
     @triton.jit
     def triton_vector(x, y, gain, shift, stretch, residual, w0, w1, w2, b0, b1, b2, s0, s1, s2, z0, z1, z2, N0, N1, N2,
-                      total, mask, eps, K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
-                      BITS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, GAIN: tl.constexpr,
-                      SHIFT: tl.constexpr, STRETCH: tl.constexpr, BIAS: tl.constexpr, ZERO: tl.constexpr,
-                      ACT: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr):
-        """vector_product: ROWS rows of one of the matrices, or of gate and up. What does not wait for x comes first."""
-        which, n, k = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
-        N, column = one_of(which, N0, N1, N2), one_of(which, 0, N0, N0 + N1) + n
+                      total, mask, eps, K: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+                      WIDE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr,
+                      GAIN: tl.constexpr, SHIFT: tl.constexpr, STRETCH: tl.constexpr, BIAS: tl.constexpr,
+                      ZERO: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+                      PDL: tl.constexpr):
+        """
+        vector_product: STEPS times ROWS rows of one of the matrices, or of gate and up. Weights are fetched a step
+        ahead, the first ones before x is there.
+        """
+        which, n, k = tl.program_id(1), tl.program_id(0) * ROWS * STEPS + tl.arange(0, ROWS), tl.arange(0, WIDE)
+        N, column = one_of(which, N0, N1, N2), one_of(which, 0, N0, N0 + N1)
         w, scale, zero = one_of(which, w0, w1, w2), one_of(which, s0, s1, s2), one_of(which, z0, z1, z2)
-        tile, s, z = vector_weights(w, scale, zero, n, N, K, ROWS, WIDE, BITS, GROUP, ZERO)
+        b = one_of(which, b0, b1, b2)
+        rows = vector_weights(w, scale, zero, b, n, N, K, ROWS, WIDE, BITS, GROUP, ZERO, BIAS)
         if GATED:
-            tile_up, s_up, z_up = vector_weights(w1, s1, z1, n, N, K, ROWS, WIDE, BITS, GROUP, ZERO)
-        if BIAS:
-            bias = tl.load(one_of(which, b0, b1, b2) + n, mask=n < N, other=0).to(tl.float32)
-            bias_up = tl.load(b1 + n, mask=n < N, other=0).to(tl.float32) if GATED else bias
+            ups = vector_weights(w1, s1, z1, b1, n, N, K, ROWS, WIDE, BITS, GROUP, ZERO, BIAS)
         g = tl.load(gain + k, mask=k < K, other=0).to(tl.float32) if GAIN else 1.0
         h = tl.load(shift + k, mask=k < K, other=0).to(tl.float32) if SHIFT else 0.0
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         for m in tl.static_range(M):
-            v = vector_input(x + m * K, stretch, g, h, eps, K, WIDE, NORM, STRETCH)
-            out = vector_dot(tile, s, z, v, mask, ROWS, WIDE, BITS, GROUP)
-            out = activated(out + bias if BIAS else out, ACT)
-            if GATED:
-                up = vector_dot(tile_up, s_up, z_up, v, mask, ROWS, WIDE, BITS, GROUP)
-                out *= up + bias_up if BIAS else up
-            if RESIDUAL:
-                out += tl.load(residual + m * total + column, mask=n < N, other=0).to(tl.float32)
-            tl.store(y + m * total + column, out.to(y.dtype.element_ty), mask=n < N)
+            v = vector_parts(vector_input(x + m * K, stretch, g, h, eps, K, WIDE, NORM, STRETCH), WIDE, BITS)
+            for step in range(STEPS):
+                at, there = m * total + column + n, n < N
+                if RESIDUAL:
+                    more = tl.load(residual + at, mask=there, other=0).to(tl.float32)
+                if STEPS > 1:
+                    n += ROWS
+                    last = tl.where(step + 1 < STEPS, N, 0)
+                    new = vector_weights(w, scale, zero, b, n, last, K, ROWS, WIDE, BITS, GROUP, ZERO, BIAS)
+                    if GATED:
+                        new_up = vector_weights(w1, s1, z1, b1, n, last, K, ROWS, WIDE, BITS, GROUP, ZERO, BIAS)
+                out = vector_dot(rows[0], rows[1], rows[2], v, mask, ROWS, WIDE, BITS, GROUP) + rows[3].to(tl.float32)
+                out = activated(out, ACT)
+                if GATED:
+                    out *= vector_dot(ups[0], ups[1], ups[2], v, mask, ROWS, WIDE, BITS, GROUP) + ups[3].to(tl.float32)
+                if RESIDUAL:
+                    out += more
+                tl.store(y + at, out.to(y.dtype.element_ty), mask=there)
+                if STEPS > 1:
+                    rows = new
+                    if GATED:
+                        ups = new_up
 
     @triton.jit
     def triton_rotate(qkv, table, q_gain, k_gain, sines, eps, Q: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr,

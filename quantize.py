@@ -623,11 +623,14 @@ class QuantLinear(nn.Module):
         return self.biased(y).view(*x.shape[:-1], -1)
 
     def stored(self):
-        """What model.py's vector_product can read: codes of 8 bits, a scale a row, or of 4 with 8, 16 … to a group."""
+        """
+        What model.py's vector_product can read, in words of 32 bits: codes of 8 bits, a scale a row, or of 4 with 8, 16
+        … to a group.
+        """
         K, group = self.in_features, self.group
-        whole = self.bits == 8 and group == 0 and "zero" not in self.names
+        whole = self.bits == 8 and K % 4 == 0 and group == 0 and "zero" not in self.names
         power = 8 <= group == group & -group and K % group == 0
-        halves = self.bits == 4 and K % 8 == 0 and (power or group == 0)  # read in words of eight codes
+        halves = self.bits == 4 and K % 8 == 0 and (power or group == 0)
         plain = type(self) in (QuantLinear, QuantEmbedding) and "up" not in self.names  # no adapter
         if not plain or self.method not in (*GRIDS, "gptq", "awq") or not (whole or halves):
             return None

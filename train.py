@@ -171,9 +171,10 @@ def make_optimizers(model, args, device, capturable=False):
     optimizers = [OPTIMIZERS["adamw" if muon else args.optimizer]([g for g in groups if g["params"]], args,
                                                                   rate(args.adam_lr if muon else args.lr), capturable)]
     if matrices:
-        groups = [{"params": [p for n, p in matrices.items() if moe.is_expert(n) == expert], "lr": rate(lr),
+        role = {n: "expert" if moe.is_expert(n) else "router" if ".router." in n else "" for n in matrices}
+        groups = [{"params": [p for n, p in matrices.items() if role[n] == which], "lr": rate(args.lr * factor),
                    "weight_decay": args.weight_decay}
-                  for expert, lr in ((False, args.lr), (True, args.lr * args.expert_lr))]
+                  for which, factor in (("", 1), ("expert", args.expert_lr), ("router", args.router_lr))]
         optimizers.append(OPTIMIZERS["muon"]([g for g in groups if g["params"]], args, rate(args.lr), capturable))
     for group in (g for o in optimizers for g in o.param_groups):
         group["peak_lr"] = float(group["lr"])
@@ -569,6 +570,7 @@ def get_args(argv=None):
     add("--lr", type=float, default=0.02, help="peak, of Muon's matrices or of everything")
     add("--adam_lr", type=float, default=0.01, help="peak, of embeddings, head and vectors beside Muon")
     add("--expert_lr", type=float, default=1.0, help="factor on --lr for the experts' matrices under Muon")
+    add("--router_lr", type=float, default=1.0, help="and for the routers'")
     add("--schedule", default="linear", choices=sorted(SCHEDULES))
     add("--min_lr", type=float, help="share of the peak that the schedule ends at (default: cosine 0.1, others 0)")
     add("--warmup", type=int, default=20, help="steps")

@@ -876,7 +876,7 @@ import sys; sys.path.insert(0, {root!r})
 import torch, model as M, quantize as Q, torch.nn.functional as F
 device, norms = {device!r}, {{"layernorm": True, "layernorm_plain": False, "rmsnorm": False, "": True}}
 torch.manual_seed(0)
-M.TILE = 512  # several rows a program, and a last one that is not full
+M.PROGRAMS = {{0: (512, 1, 4), 8: (512, 1, 4), 4: (2048, 1, 8)}}  # several steps a program, and a last one not full
 for rows, K, widths, norm, act, residual, method, group in [
         (1, 48, [40], "layernorm", "gelu_tanh", 0, "", 0), (3, 48, [48, 24, 24], "rmsnorm", "", 0, "", 0),
         (2, 64, [40, 40], "rmsnorm", "swiglu", 0, "", 0), (1, 40, [64, 64], "layernorm_plain", "geglu", 0, "", 0),

@@ -135,13 +135,14 @@ def test_every_parameter_is_in_exactly_one_group(optimizer, style):
         assert g["weight_decay"] == 0 or all(p.dim() >= 2 for p in g["params"])
 
 
-def test_experts_may_have_a_rate_of_their_own():
+def test_experts_and_routers_may_have_rates_of_their_own():
     model = GPT(GPTConfig(n_embd=32, n_expert=4))
-    _, muon = T.make_optimizers(model, T.get_args(["--lr", "0.02", "--expert_lr", "0.5"]), CPU.device)
+    args = T.get_args(["--lr", "0.02", "--expert_lr", "0.5", "--router_lr", "0.25"])
+    _, muon = T.make_optimizers(model, args, CPU.device)
     rates = {id(p): g["peak_lr"] for g in muon.param_groups for p in g["params"]}
     for name, p in model.blocks.named_parameters():
         if p.dim() == 2:
-            assert rates[id(p)] == (0.01 if ".experts." in name else 0.02)
+            assert rates[id(p)] == (0.01 if ".experts." in name else 0.005 if ".router." in name else 0.02)
 
 
 def test_adamw_equals_torchs_on_the_whole_model():

@@ -414,10 +414,11 @@ class Tokenizer:
 
     # Encoding
 
-    def encode(self, text, allowed_special=()):
+    def encode(self, text, allowed_special=(), goes_on=False):
         """-> list of ids. The name of a special token in the text is text like any other, so that
         nobody's message can end a document; allowed_special lists the names (or says "all")
-        that become their ids."""
+        that become their ids. goes_on: other text stands right before this one, so that no space
+        is put in front."""
         text = clean(text)
         names = self.special if allowed_special == "all" else allowed_special
         for name in names:
@@ -425,11 +426,12 @@ class Tokenizer:
                 raise BadInput(f"{name!r} is not a special token of this tokenizer; it has "
                                + (", ".join(self.special) or "none"))
         if not names:
-            return self._encode_plain(text)
+            return self._encode_plain(text, first=None if goes_on else True)
         cut = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
         ids = []
         for i, part in enumerate(re.split(f"({cut})", text)):
-            ids += [self.special[part]] if i % 2 else self._encode_plain(part, first=i == 0)
+            first = i == 0 and (None if goes_on else True)  # None in the middle of text
+            ids += [self.special[part]] if i % 2 else self._encode_plain(part, first)
         return ids
 
     def encode_batch(self, texts, threads=None):

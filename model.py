@@ -2809,10 +2809,10 @@ def make_groups(process):
         groups["cp"] = mesh(rest=p.world // (p.cp * p.tp), cp=p.cp, inner=p.tp)["cp"].get_group()
 
 
-def all_reduce(tensor):
-    """Sum over all processes, in place; the tensor itself with one process."""
+def all_reduce(tensor, op="sum"):
+    """Sum (or "max", …) over all processes, in place; the tensor itself with one process."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()))
     return tensor
 
 

@@ -252,11 +252,16 @@ def grpo_loss(logp, old, advantages, mask, how="sequence", clip=0.2, clip_high=N
     return (loss * weights).sum()
 
 
-def explained_variance(values, returns, mask):
-    """1 - Var(R - V) / Var(R): 1 for a critic that knows, 0 for one that says the mean, below for a worse one."""
-    mean, error = masked_mean(returns, mask), returns - values
-    spread = masked_mean((returns - mean).square(), mask)
-    return 1 - masked_mean((error - masked_mean(error, mask)).square(), mask) / spread.clamp(min=1e-8)
+def explained_variance(values, returns, mask, total=lambda t: t):
+    """
+    1 - Var(R - V) / Var(R): 1 for a critic that knows, 0 for one that says the mean, below for a worse one. total adds
+    up over processes.
+    """
+    R, error, mask = returns.double(), (returns - values).double(), mask.double()
+    sums = torch.stack([(t * mask).sum() for t in (torch.ones_like(R), R, R * R, error, error * error)])
+    n, *means = total(sums)
+    R, square, error, off = (m / n for m in means)
+    return 1 - (off - error ** 2) / (square - R ** 2).clamp(min=1e-8)
 
 
 class Recipe(NamedTuple):
@@ -996,6 +1001,7 @@ class Learner:
         if not math.isfinite(found["policy_loss"] + found["grad_norm"]):
             raise BadInput(f"the loss is {found['policy_loss']}, the gradient norm {found['grad_norm']} in iteration "
                            f"{iteration + 1}: lower --lr or --temperature, or raise --kl_coef")
+        most = all_reduce(torch.tensor(most, device=self.device), "max").item()
         return found | {"ratio_max": most, "updates": updates, "stopped": stopped}
 
     def imitate(self, r):
@@ -1005,7 +1011,8 @@ class Learner:
         best = scores.argmax(1)
         chosen = [(p, [rs[k]]) for (p, rs), k, row in zip(r.groups, best.tolist(), scores)
                   if row.max() >= args.raft_above]
-        tokens = all_reduce(torch.tensor(float(sum(len(rs[0]) for _, rs in chosen)), device=self.device))
+        length = sum(len(rs[0]) for _, rs in chosen)
+        tokens, kept = all_reduce(torch.tensor([length, len(chosen)], device=self.device)).tolist()
         if not tokens:
             return {"policy_loss": 0.0, "kept": 0}
         self.sharded.train()
@@ -1019,7 +1026,7 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.sharded.publish()
-        return {"policy_loss": all_reduce(loss_sum).item(), "grad_norm": float(norm), "kept": len(chosen)}
+        return {"policy_loss": all_reduce(loss_sum).item(), "grad_norm": float(norm), "kept": kept}
 
     def describe(self, r):
         """Of a rollout, over all ranks: reward, share of groups without spread, KL, entropy, length, end, critic."""
@@ -1036,7 +1043,7 @@ class Learner:
                  "kl": k1 / n, "kl_k3": k3 / n, "entropy": H / tokens, "length": tokens / n, "end_rate": ended / n,
                  "shaped": shaped / n}
         if self.gae:
-            found["explained_variance"] = explained_variance(r.values, r.returns, mask).item()
+            found["explained_variance"] = explained_variance(r.values, r.returns, mask, all_reduce).item()
         return found | {"tokens": tokens}
 
 
@@ -1386,7 +1393,9 @@ def main():
         r, drawn = learner.rollout(source, iteration, now)
         line = {"iteration": iteration + 1} | learner.describe(r)
         if gold:
-            line["true_reward"] = score(gold, r.prompts, r.texts).mean().item()
+            true = score(gold, r.prompts, r.texts)
+            total = all_reduce(torch.stack((true.sum(), true.new_tensor(len(true)))).to(device))
+            line["true_reward"] = (total[0] / total[1]).item()
         start = time.time()
         line |= learner.imitate(r) if args.algo == "raft" else learner.update(r, iteration, more if args.ptx else None)
         now["train"] += time.time() - start

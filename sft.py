@@ -100,7 +100,7 @@ def encode(where, row, tokenizer, args):
     if "messages" not in row:
         begin = [tokenizer.eot] if tokenizer.eot is not None else []
         prompt = begin + tokenizer.encode(row.get("prompt", ""))
-        answer = tokenizer.encode(row.get("completion", row.get("text", "")))
+        answer = tokenizer.encode(row.get("completion", row.get("text", "")), goes_on=bool(row.get("prompt")))
         if not answer:
             return "with an empty completion"
         mask = [int(args.train_on_prompt)] * len(prompt) + [1] * (len(answer) + len(begin))

@@ -2,6 +2,7 @@
 import importlib
 import io
 import os
+import struct
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -75,3 +76,12 @@ def smollm2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2")
     subprocess.run([sys.executable, need("../tools/get_smollm2.py"), folder], check=True)
     return folder
+
+
+def write_tok512(path):
+    """llama2.c's format: the 256 bytes, the letters of "▁ab" and two merges, the later scored lower."""
+    tokens = [("<unk>", 0), ("\n<s>\n", 0), ("\n</s>\n", 0)]
+    tokens += [(f"<0x{b:02X}>", 0) for b in range(256)]
+    tokens += [(" a", -1.0), ("ab", -2.0), (" ", -3.0), ("a", -4.0), ("b", -5.0)]
+    data = b"".join(struct.pack("<fi", score, len(t)) + t.encode() for t, score in tokens)
+    path.write_bytes(struct.pack("<i", 7) + data)

@@ -3,7 +3,6 @@ import hashlib
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 import threading
@@ -11,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import regex
-from conftest import ROOT, need
+from conftest import ROOT, need, write_tok512
 from hypothesis import given, settings, strategies as st
 
 import bpe
@@ -33,15 +32,6 @@ def offline(monkeypatch):
 
 def learn(**options):
     return Tokenizer.train([TEXT], **({"vocab_size": 300} | options))
-
-
-def write_tok512(path):
-    """llama2.c's format: the 256 bytes, the letters of "▁ab" and two merges, the later scored lower."""
-    tokens = [("<unk>", 0), ("\n<s>\n", 0), ("\n</s>\n", 0)]
-    tokens += [(f"<0x{b:02X}>", 0) for b in range(256)]
-    tokens += [(" a", -1.0), ("ab", -2.0), (" ", -3.0), ("a", -4.0), ("b", -5.0)]
-    data = b"".join(struct.pack("<fi", score, len(t)) + t.encode() for t, score in tokens)
-    path.write_bytes(struct.pack("<i", 7) + data)
 
 
 # Training
@@ -300,6 +290,7 @@ def test_llama2c_tokenizer_merges_the_highest_score_first(tmp_path):
     tokenizer = Tokenizer.from_pretrained(tmp_path / "tok.bin")
     assert tokenizer.encode("ab") == [259, 263]  # "▁a" before "ab"
     assert tokenizer.encode("b\n") == [261, 263, 3 + 10]
+    assert tokenizer.decode(tokenizer.encode("b") + tokenizer.encode("b", goes_on=True)) == "bb"  # no space between
     assert tokenizer.eot == 2
     tokenizer.save(tmp_path)
     (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": tokenizer.spec()}))

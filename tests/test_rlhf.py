@@ -622,8 +622,9 @@ def run(folder, *flags, world=1, check=0):
                                            pytest.param("zero1", "rloo", marks=pytest.mark.slow)])
 def test_two_processes_answer_and_learn_as_one(folder, monkeypatch, parallel, algo):
     (folder / "three.py").write_text(FIRST_DIGIT)
-    flags = ("--algo", algo, "--reward", f"{folder / 'three.py'}:score", "--iterations", 3, "--lr", 1e-3,
-             "--epochs", 1, "--minibatches", 1, "--kl_coef", 0.1)
+    judge = f"{folder / 'three.py'}:score"
+    flags = ("--algo", algo, "--reward", judge, "--gold", judge, "--iterations", 3, "--lr", 1e-3, "--epochs", 1,
+             "--minibatches", 1, "--kl_coef", 0.1)
     here(monkeypatch, folder, *flags, out="one")
     run(folder, *flags, "--prompts", 8, "--group", 8, "--parallel", parallel, "--val", 60,
         "--out", folder / "two", world=2)
@@ -631,7 +632,7 @@ def test_two_processes_answer_and_learn_as_one(folder, monkeypatch, parallel, al
                 for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         for key in ("reward", "tokens", "flat_groups", "kl", "entropy", "policy_loss", "grad_norm",
-                    "end_rate", "ratio_mean"):
+                    "end_rate", "ratio_mean", "ratio_max", "true_reward", *["explained_variance"] * (algo == "ppo")):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), (key, a, b)
 
 

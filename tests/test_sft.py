@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import data
 import sft
 from bpe import BadInput, Tokenizer, render_chat
-from conftest import ROOT, call
+from conftest import ROOT, call, write_tok512
 from data import alpaca, arithmetic, bios, gsm8k, ppt, sharegpt
 from model import GPT, GPTConfig, init_weights, linear_cross_entropy, load_safetensors, save_run
 
@@ -98,11 +98,16 @@ def test_a_wrong_prompt_target_changes_nothing_and_a_wrong_end_does(tokenizer):
     assert model(**batch)[1] != before
 
 
-def test_rows_of_other_kinds(tokenizer):
+def test_rows_of_other_kinds(tokenizer, tmp_path):
     args = flags()
     ids, mask = sft.encode("row", {"prompt": "the cat", "completion": " sat"}, tokenizer, args)
     assert tokenizer.decode(ids.tolist()) == "<|endoftext|>the cat sat<|endoftext|>"
     assert tokenizer.decode(ids[mask == 1].tolist()) == " sat<|endoftext|>"
+    write_tok512(tmp_path / "tok.bin")  # whose texts begin with a space
+    pieces = Tokenizer.from_pretrained(tmp_path / "tok.bin")
+    for completion in (" b", "b"):
+        ids, _ = sft.encode("row", {"prompt": "a", "completion": completion}, pieces, args)
+        assert pieces.decode(ids[1:-1].tolist()) == "a" + completion
     ids, mask = sft.encode("row", {"text": "the cat"}, tokenizer, args)
     assert tokenizer.decode(ids[mask == 1].tolist()) == "the cat<|endoftext|>"
     ids, _ = sft.encode("row", {"instruction": "Say.", "input": "cat", "output": "mat"}, tokenizer,

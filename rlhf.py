@@ -122,15 +122,16 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def whiten(x, mask, shift_mean=True, unbiased=False, total=lambda t: t):
+def whiten(x, mask, shift_mean=True, unbiased=False, scale=True, total=lambda t: t):
     """
     (x - μ) / sqrt(σ² + 1e-8), plus μ again without shift_mean, with mean and variance where mask is 1, 0 elsewhere.
-    total sums a tensor over processes.
+    Without scale x - μ. total sums a tensor over processes.
     """
     n, s = total(torch.stack((mask.sum(), (x * mask).sum()))).unbind()
     mean = s / n
-    square = total(((x - mean).square() * mask).sum())
-    y = (x - mean) * torch.rsqrt(square / (n - 1 if unbiased else n) + 1e-8)
+    y = x - mean
+    if scale:
+        y = y * torch.rsqrt(total((y.square() * mask).sum()) / (n - 1 if unbiased else n) + 1e-8)
     return (y if shift_mean else y + mean) * mask
 
 
@@ -890,7 +891,8 @@ class Learner:
             rewards = token_rewards(shaped, price if in_reward else torch.zeros_like(price), mask, self.kl_coef)
             advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
             if args.whiten_advantages:
-                advantages = whiten(advantages, mask, unbiased=args.std == "unbiased", total=total)
+                advantages = whiten(advantages, mask, unbiased=args.std == "unbiased", scale=args.std != "none",
+                                    total=total)
         else:
             per_answer = shaped - self.kl_coef * price.sum(1) if in_reward else shaped
             baseline = args.baseline

@@ -70,6 +70,8 @@ def test_whitened_tokens_have_mean_0_and_deviation_1_and_pads_do_not_count():
     assert close(rlhf.whiten(x["rewards"], x["mask"], shift_mean=False, unbiased=True), "whiten_keep_mean")
     white = rlhf.whiten(advantages + 1e3 * (1 - x["mask"]), x["mask"])[x["mask"] > 0]
     assert white.mean().abs() < 1e-6 and white.std(correction=0) == pytest.approx(1, abs=1e-6)
+    only = rlhf.whiten(advantages, x["mask"], scale=False)[x["mask"] > 0]
+    assert only.mean().abs() < 1e-5 and torch.allclose(only.std(), advantages[x["mask"] > 0].std())
     keep = rlhf.whiten(x["rewards"], x["mask"], shift_mean=False)[x["mask"] > 0]
     assert keep.mean() == pytest.approx(x["rewards"][x["mask"] > 0].mean().item())
     assert keep.std(correction=0) == pytest.approx(1)

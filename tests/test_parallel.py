@@ -331,6 +331,7 @@ def losses(out):
     return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_stops_the_others_and_the_last_save_goes_on_exactly(tmp_path):
     out = tmp_path / "run"
     job = script("--parallel", "fsdp", "--ckpt", "sharded", "--steps", 1000, "--schedule", "constant",

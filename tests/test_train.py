@@ -444,6 +444,7 @@ def test_calibrating_measures_a_product_and_a_copy():
     assert flops > 1e8 and bandwidth > 1e8
 
 
+@pytest.mark.slow
 def test_a_bench_times_a_layout_and_leaves_nothing(tmp_path):
     common = ["--n_layer", 2, "--n_embd", 32, "--n_head", 2, "--block_size", 32, "--batch_tokens", 512]
     out = run(*common, "--device", "cpu", "--bench", 2, "--pp", 2, "--out", tmp_path / "run", world=2)

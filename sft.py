@@ -440,8 +440,17 @@ def judge(model, examples, kind, batch=64):
     return right / len(examples), nats / len(examples)
 
 
+NOT_TO_CLASSIFY = ("resume compile relora input cap template add_tokens system train_on_prompt long min_answer max_answer "
+                   "dedup packing mix mix_share mix_weight micro_batch optimizer base_lr pretrain_batch neftune "
+                   "label_smoothing recompute eval_every eval_answers show patience save_every").split()
+
+
 def classify(args, process, tokenizer, started, say):
     """The run of --task classify: --batch_tokens / T examples a step, replicas by summed gradients."""
+    usual = vars(get_args([]))
+    given = [f"--{name}" for name in NOT_TO_CLASSIFY if getattr(args, name) != usual[name]]
+    if given or args.lr == "auto":
+        raise BadInput(f"--task classify has no use for {', '.join(given or ['--lr auto'])}: leave it out")
     if args.parallel != "ddp" or args.offload:
         raise BadInput("--task classify runs with --parallel ddp, without --offload")
     if set(args.data.split(",")) & set(data.CHATS):
@@ -464,7 +473,7 @@ def classify(args, process, tokenizer, started, say):
     optimizer = torch.optim.AdamW(adamw_groups(model, args.weight_decay), lr=0.0, betas=(0.9, args.beta2))
     B = max(process.world, args.batch_tokens // longest // process.world * process.world)
     steps = args.steps or round((args.epochs or 3) * math.ceil(len(examples) / B))  # GPT-1's three epochs
-    lr, out = 2e-3 if args.lr == "auto" else number("--lr", args.lr), Path(args.out)
+    lr, out = number("--lr", args.lr), Path(args.out)
     say(f"{len(examples):,} examples to train, {len(val):,} to validate, {kind}, labels {', '.join(labels)}; "
         f"{B} a step")
     model.train()

@@ -489,6 +489,7 @@ def test_an_answer_is_right_letter_by_letter_or_by_its_number():
     (json.dumps(CHATS[0]) + "\n", ["--resume"], "--resume"),
     (json.dumps(CHATS[0]) + "\n", ["--out", "BASE"], "take the place"),
     (json.dumps({"text_a": "x", "label": "y"}) + "\n", ["--task", "classify"], "line 1"),
+    (json.dumps({"text": "x", "label": "y"}) + "\n", ["--task", "classify", "--patience", 3], "no use for --patience"),
 ])
 def test_bad_input_is_one_sentence(base, tmp_path, rows, flags_, message):
     path = tmp_path / "rows.jsonl"

@@ -3805,11 +3805,13 @@ def read_rope(hf):
     if rope.get("mscale") or rope.get("truncate") is False or rope.get("partial_rotary_factor", 1) != 1:
         raise BadInput(f"rope parameters {rope} of config.json are not supported: plain linear, yarn and llama3 are")
     low, high = ("beta_slow", "beta_fast") if kind == "yarn" else ("low_freq_factor", "high_freq_factor")
+    original = rope.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings") or 0
+    factor = rope.get("factor") or (hf["max_position_embeddings"] / original if kind == "yarn" and original else 1)
     return dict(rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))), rope_scaling=scaling,
-                rope_factor=float(rope.get("factor") or 1), rope_low=float(rope.get(low) or 1),
+                rope_factor=float(factor), rope_low=float(rope.get(low) or 1),
                 rope_high=float(rope.get(high) or 0),
                 rope_attn=float(kind == "yarn" and rope.get("attention_factor") or 0),
-                rope_original=rope.get("original_max_position_embeddings") or 0)
+                rope_original=original)
 
 
 def write_rope(c):
@@ -3891,14 +3893,15 @@ def write_mixtral(c):
 
 
 def read_qwen_moe(hf):
-    dense, width = sorted(hf.get("mlp_only_layers") or []), hf.get("moe_intermediate_size", 768)
-    shared = hf.get("shared_expert_intermediate_size", 5632) if hf["model_type"] == "qwen2_moe" else 0
+    two = hf["model_type"] == "qwen2_moe"
+    dense, width = sorted(hf.get("mlp_only_layers") or []), hf.get("moe_intermediate_size", 1408 if two else 768)
+    shared = hf.get("shared_expert_intermediate_size", 5632) if two else 0
     if dense != list(range(len(dense))) or shared % width:
         raise BadInput(f"config.json has dense layers {dense} and shared experts of width {shared}: only leading "
                        f"layers, and a multiple of an expert's {width}, are supported")
     if hf.get("use_sliding_window"):
         raise BadInput("config.json of a Qwen mixture of experts with a sliding window is not supported")
-    own = dict(bias=False, qkv_bias=hf.get("qkv_bias", True)) if hf["model_type"] == "qwen2_moe" else {}
+    own = dict(bias=False, qkv_bias=hf.get("qkv_bias", True)) if two else {}
     own |= dict(shared_gate=True) if shared else {}
     own |= {"n_expert": hf["num_local_experts"]} if hf.get("num_local_experts") else {}  # transformers 5's name
     return read_llama(hf) | read_router(hf, hf.get("norm_topk_prob", False)) | own | dict(
@@ -3989,29 +3992,35 @@ BLOOM_NAMES = {"wte": "transformer.word_embeddings", "embd_norm": "transformer.w
                "norm2": "post_attention_layernorm", "attn.qkv": "self_attention.query_key_value",
                "attn.o": "self_attention.dense", "mlp.up": "mlp.dense_h_to_4h", "mlp.down": "mlp.dense_4h_to_h"}
 
-# model_type: class of transformers, what the family fixes, its field and tensor names, how the rest is read and
-# written. The order is that in which an export looks for the first family that can say what a config says.
+# model_type: class of transformers, what the family fixes and what a config.json may leave out, its field and tensor
+# names, how the rest is read and written. The order is that in which an export looks for the first family that can say
+# what a config says.
 Family = namedtuple("Family", "cls base fields names read write")
+QWEN = dict(LLAMA1, block_size=32768, n_hidden=22016)
 FAMILIES = {
     "gpt2": Family("GPT2LMHeadModel", GPT2, GPT2_FIELDS, GPT2_NAMES, read_gpt2,
                    lambda c: {"activation_function": TO_HF.get(c.act)}),
-    "llama": Family("LlamaForCausalLM", LLAMA, LLAMA_FIELDS, LLAMA_NAMES, read_llama, write_llama),
-    "mistral": Family("MistralForCausalLM", LLAMA, LLAMA_FIELDS, LLAMA_NAMES, read_mistral, write_mistral),
-    "qwen2": Family("Qwen2ForCausalLM", LLAMA, LLAMA_FIELDS, LLAMA_NAMES, read_qwen2, write_qwen2),
-    "qwen3": Family("Qwen3ForCausalLM", dict(LLAMA, qk_norm=True), LLAMA_FIELDS, LLAMA_NAMES, read_qwen3, write_qwen2),
-    "mixtral": Family("MixtralForCausalLM", dict(LLAMA, n_expert=8), MIXTRAL_FIELDS, MIXTRAL_NAMES, read_mixtral,
-                      write_mixtral),
-    "qwen2_moe": Family("Qwen2MoeForCausalLM", dict(LLAMA, n_expert=60, n_expert_active=4, expert_hidden=1408),
-                        QWEN_MOE_FIELDS, QWEN_MOE_NAMES, read_qwen_moe, write_qwen_moe),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", dict(LLAMA, qk_norm=True, n_expert=128, n_expert_active=8,
-                                                    expert_hidden=768), QWEN_MOE_FIELDS, QWEN_MOE_NAMES, read_qwen_moe,
-                        write_qwen_moe),
-    "olmoe": Family("OlmoeForCausalLM", dict(LLAMA, qk_norm=True, qk_norm_all=True, n_expert=64, n_expert_active=8),
+    "llama": Family("LlamaForCausalLM", dict(LLAMA1, n_hidden=11008), LLAMA_FIELDS, LLAMA_NAMES, read_llama,
+                    write_llama),
+    "mistral": Family("MistralForCausalLM", dict(LLAMA1, block_size=131072, n_hidden=14336), LLAMA_FIELDS, LLAMA_NAMES,
+                      read_mistral, write_mistral),
+    "qwen2": Family("Qwen2ForCausalLM", QWEN, LLAMA_FIELDS, LLAMA_NAMES, read_qwen2, write_qwen2),
+    "qwen3": Family("Qwen3ForCausalLM", dict(QWEN, qk_norm=True), LLAMA_FIELDS, LLAMA_NAMES, read_qwen3, write_qwen2),
+    "mixtral": Family("MixtralForCausalLM", dict(LLAMA, block_size=131072, n_hidden=14336, n_expert=8),
+                      MIXTRAL_FIELDS, MIXTRAL_NAMES, read_mixtral, write_mixtral),
+    "qwen2_moe": Family("Qwen2MoeForCausalLM", dict(QWEN, n_hidden=5632, n_expert=60, n_expert_active=4,
+                                                    expert_hidden=1408), QWEN_MOE_FIELDS, QWEN_MOE_NAMES,
+                        read_qwen_moe, write_qwen_moe),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", dict(QWEN, n_hidden=6144, n_kv_head=4, qk_norm=True, n_expert=128,
+                                                    n_expert_active=8, expert_hidden=768), QWEN_MOE_FIELDS,
+                        QWEN_MOE_NAMES, read_qwen_moe, write_qwen_moe),
+    "olmoe": Family("OlmoeForCausalLM", dict(LLAMA, block_size=4096, n_hidden=2048, qk_norm=True, qk_norm_all=True,
+                                             n_expert=64, n_expert_active=8),
                     OLMOE_FIELDS, QWEN_MOE_NAMES, read_olmoe, write_olmoe),
     "openai-gpt": Family("OpenAIGPTLMHeadModel", GPT1, GPT1_FIELDS,
                          GPT2_NAMES | {"wte": "transformer.tokens_embed", "wpe": "transformer.positions_embed"},
                          read_gpt1, lambda c: {"afn": "gelu" if c.act == "gelu_tanh" else TO_HF.get(c.act)}),
-    "opt": Family("OPTForCausalLM", GPT2, OPT_FIELDS, OPT_NAMES, read_opt,
+    "opt": Family("OPTForCausalLM", dict(GPT2, block_size=2048), OPT_FIELDS, OPT_NAMES, read_opt,
                   lambda c: {"activation_function": TO_HF.get(c.act), "do_layer_norm_before": c.place == "pre"}),
     "bloom": Family("BloomForCausalLM", BLOOM, BLOOM_FIELDS, BLOOM_NAMES, read_bloom, lambda c: {}),
     "falcon": Family("FalconForCausalLM", FALCON, FALCON_FIELDS, BLOOM_NAMES, read_falcon, write_falcon),

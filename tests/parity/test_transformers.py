@@ -35,6 +35,7 @@ MODELS = {
     "llama-mqa": ("Llama", dict(LLAMA, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True)),
     "llama-linear": ("Llama", dict(LLAMA, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})),
     "llama-yarn": ("Llama", dict(LLAMA, rope_parameters=YARN)),
+    "llama-yarn-null": ("Llama", dict(LLAMA, rope_parameters=dict(YARN, factor=None))),
     "llama-yarn-own": ("Llama", dict(LLAMA, rope_parameters=dict(YARN, beta_fast=8.0, beta_slow=2.0,
                                                                  attention_factor=1.5))),
     "llama-3": ("Llama", dict(LLAMA, rope_parameters=LLAMA3)),
@@ -88,6 +89,14 @@ def test_logits_and_greedy_text_equal_transformers_and_the_way_back(tmp_path, na
     back = package("transformers").AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     with torch.no_grad():
         assert (back(TOKENS).logits - logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", M.FAMILIES)
+def test_what_a_config_leaves_out_is_what_transformers_takes_for_it(kind):
+    whole = package("transformers").AutoConfig.for_model(kind).to_dict()
+    sizes = ("vocab_size", "n_layer", "n_head", "n_embd")
+    least = {name: whole[name] for name in ("model_type", *(M.FAMILIES[kind].fields[size] for size in sizes))}
+    assert M.canonical(M.from_hf_config(least)) == M.canonical(M.from_hf_config(whole))
 
 
 @pytest.mark.slow

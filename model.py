@@ -836,6 +836,7 @@ def vector_product(x, *linears, norm=None, act="", residual=None):
     wide = triton.next_power_of_2(K)
     weights, resident, warps = PROGRAMS[bits]
     rows, parts = max(2 if bits else 1, weights // wide // (1 + gated)), 1 if gated else len(linears)
+    # codes are few bytes: smaller tiles, until each processor has one
     while bits and rows > 1 and parts * max(widths) // rows < processors(x.device):
         rows //= 2
     steps = 1
@@ -905,7 +906,7 @@ if triton is not None:
     @triton.jit
     def vector_weights(w, scale, zero, bias, n, N, K: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
                        BITS: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr):
-        """Rows n: weights (n, WIDE), or words of 4 or 8 codes; their scales and zeros (n, WIDE / GROUP); biases (n,)."""
+        """Rows n: weights (n, WIDE), or words of 4 or 8 codes; scales and zeros (n, WIDE / GROUP); biases (n,)."""
         many: tl.constexpr = 32 // BITS if BITS else 1
         k, at = tl.arange(0, WIDE // many), n.to(tl.int64)
         words = w.to(tl.pointer_type(tl.int32)) if BITS else w

@@ -841,8 +841,10 @@ class Learner:
         first = iteration * args.prompts * (4 if args.dynamic else 1)
         groups, texts, prompts, scores, drawn = [], [], [], torch.zeros(0), 0
         self.sharded.eval()
+
         def lacking():  # all ranks go on until all have enough: generation may gather parameters
             return all_reduce(torch.tensor(float(mine - len(groups)), device=self.device)) > 0
+
         while drawn < (4 if args.dynamic else 1) and lacking():
             at = first + drawn * args.prompts + process.dp_rank * mine
             begun = time.time()

@@ -440,9 +440,9 @@ def judge(model, examples, kind, batch=64):
     return right / len(examples), nats / len(examples)
 
 
-NOT_TO_CLASSIFY = ("resume compile relora input cap template add_tokens system train_on_prompt long min_answer max_answer "
-                   "dedup packing mix mix_share mix_weight micro_batch optimizer base_lr pretrain_batch neftune "
-                   "label_smoothing recompute eval_every eval_answers show patience save_every").split()
+NOT_TO_CLASSIFY = ("resume compile relora input cap template add_tokens system train_on_prompt long min_answer "
+                   "max_answer dedup packing mix mix_share mix_weight micro_batch optimizer base_lr pretrain_batch "
+                   "neftune label_smoothing recompute eval_every eval_answers show patience save_every").split()
 
 
 def classify(args, process, tokenizer, started, say):

@@ -388,7 +388,10 @@ class Tokenizer:
         if len({"", *special}) <= len(special):
             raise BadInput("--special names a token twice, or an empty one; name each once")
         if kind == "char":
-            letters = sorted(set().union(*map(clean, texts)))
+            letters = set()
+            for text in texts:
+                letters.update(clean(text))
+            letters = sorted(letters)
             if not letters:
                 raise BadInput("the training text is empty; give a file with text in it")
             ranks = {letter.encode(): i for i, letter in enumerate(letters)}
@@ -526,6 +529,12 @@ class Tokenizer:
     def eot(self):
         """The id that ends a document, or None."""
         return next((self.special[name] for name in ENDS if name in self.special), None)
+
+    @property
+    def begin(self):
+        """[the id that a document begins with]: where there is none of its own that of the last one's end; or []."""
+        ids = [self.special[name] for name in BEGINS if name in self.special] + [self.eot]
+        return [i for i in ids if i is not None][:1]
 
     def __len__(self):
         return self.n_vocab

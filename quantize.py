@@ -728,13 +728,46 @@ def stages(model, idx):
     for hook in hooks:
         hook.remove()
     called = {name for stage in order for name in stage}  # an expert may have been asked nothing
-    return order + [[name] for name in linears(model) if name not in called]
+    order += [[name] for name in linears(model) if name not in called]
+    return sorted(order, key=lambda names: block_of(names[0]))
 
 
-def observe(model, name, batches):
+def block_of(name):
+    """The number of the block that a Linear stands in: 3 of "blocks.3.attn.q"."""
+    return int(name.split(".")[1])
+
+
+def run_from(model, l, idx, x):
+    """The trunk on ids idx up to the first Enough, from block l on, which reads x (None: from the start)."""
+    before = model.blocks[:0 if x is None else l]
+    for block in before:
+        block.forward = lambda x, *rest: x
+    enter = model.blocks[l].register_forward_pre_hook(lambda block, args: args if x is None else (x, *args[1:]))
+    with contextlib.suppress(Enough):
+        model.trunk(idx)
+    enter.remove()
+    for block in before:
+        del block.forward
+
+
+def entering(model, l, batches, streams):
+    """The residual stream that enters block l, for each batch; streams: that of block l - 1."""
+    seen = []
+
+    def hook(block, args):
+        seen.append(args[0])
+        raise Enough
+    handle = model.blocks[l].register_forward_pre_hook(hook)
+    for idx, x in zip(batches, streams):
+        run_from(model, max(0, l - 1), idx, x)
+    handle.remove()
+    return seen
+
+
+def observe(model, name, batches, streams=None):
     """
     What the Linear `name` reads while the model runs the ids of `batches`: hessian 2 X Xᵀ / n (K, K), mean_abs and
-    max_abs (K,), and outliers, the share of |x| ≥ 6.
+    max_abs (K,), and outliers, the share of |x| ≥ 6. streams: what enters its block, for each batch, where known.
     """
     module, n = model.get_submodule(name), 0
     K, device = module.in_features, model.device
@@ -752,9 +785,8 @@ def observe(model, name, batches):
         if model.config.share == 1:  # nothing after it matters
             raise Enough
     handle = module.register_forward_pre_hook(hook)
-    for idx in batches:
-        with contextlib.suppress(Enough):
-            model.trunk(idx)
+    for idx, x in zip(batches, streams or [None] * len(batches)):
+        run_from(model, block_of(name), idx, x)
     handle.remove()
     if not n:  # an expert that no token chose: round to nearest
         return {"hessian": torch.eye(K, device=device), "mean_abs": torch.ones(K, device=device),
@@ -788,8 +820,12 @@ def quantize_model(model, method, bits, group, batches=(), embeddings=0, rank=0,
     """
     model.eval()
     order = stages(model, batches[0]) if method in NEEDS else [[name] for name in linears(model)]
+    streams, at = [None] * len(batches), -1
     for names in order:
-        seen = observe(model, names[0], batches) if method in NEEDS else {}
+        while method in NEEDS and model.config.share == 1 and at < block_of(names[0]):
+            at += 1
+            streams = entering(model, at, batches, streams)
+        seen = observe(model, names[0], batches, streams) if method in NEEDS else {}
         for name in names:
             linear = model.get_submodule(name)
             try:
@@ -872,7 +908,7 @@ def read_ids(init, run, tokenizer, args):
     import data
     from data import stdlib
     from data import text as text_files
-    start, found = [] if tokenizer.eot is None else [tokenizer.eot], data.corpora(run)
+    start, found = tokenizer.begin, data.corpora(run)
     ids = {}
     for split, path, want in (("train", args.calibration, 32 * args.calibration_tokens),
                               ("val", args.text, args.eval_tokens)):

@@ -328,14 +328,19 @@ def test_decoding_with_a_cache_agrees_with_the_whole_text():
     torch.testing.assert_close(torch.tensor(logprobs[0]), got, rtol=0, atol=0.1)
 
 
-def test_each_layer_is_calibrated_on_what_the_quantized_layers_before_it_give():
-    model = small()
+@pytest.mark.parametrize("later, kind", [
+    ("blocks.3.mlp.down", {"pos": "learned"}), ("blocks.1.mlp.down", {"share": 2}),
+    ("blocks.3.attn.o", {"n_expert": 4}),
+    ("blocks.3.mlp.down", {"resid_mix": True, "window": 8, "attn": "full,window"})])
+def test_each_layer_is_calibrated_on_what_the_quantized_layers_before_it_give(later, kind):
+    model = small(n_layer=4, **kind)
     order = Q.stages(model, ids())
-    assert order[:4] == [["blocks.0.attn.q", "blocks.0.attn.k", "blocks.0.attn.v"], ["blocks.0.attn.o"],
-                         ["blocks.0.mlp.up"], ["blocks.0.mlp.down"]]
+    assert order[:2] == [["blocks.0.attn.q", "blocks.0.attn.k", "blocks.0.attn.v"], ["blocks.0.attn.o"]]
+    assert kind.get("n_expert") or order[2:4] == [["blocks.0.mlp.up"], ["blocks.0.mlp.down"]]
+    every = [name for names in order for name in names]
+    assert set(every) == set(Q.linears(model)) and sorted(every, key=Q.block_of) == every
     quantized = copy.deepcopy(model)
     Q.quantize_model(quantized, "gptq", 2, 32, [ids(seed=2)])
-    later = "blocks.1.mlp.down"
     before = Q.observe(model, later, [ids(seed=2)])["hessian"]
     half = copy.deepcopy(quantized)  # all but the last as they were when it was calibrated
     half.set_submodule(later, model.get_submodule(later))

@@ -601,13 +601,14 @@ def get_args(argv=None):
     # loss
     add("--loss", default="dpo", choices=list(METHODS))
     add("--beta", type=float, help="β, of IPO τ, of ORPO λ (default: 0.1, simpo 2)")
-    add("--label_smoothing", type=float, help="ε (default: cdpo and robust 0.1, others 0)")
+    add("--label_smoothing", type=float,
+        help="ε of dpo, cdpo, robust, ipo, simpo, cpo (default: cdpo and robust 0.1, others 0)")
     add("--sft_weight", type=float,
         help="of the chosen responses' negative log-likelihood a token (default: cpo, orpo 1; the default data 1; "
              "others 0)")
     add("--gamma", type=float, default=0.5, help="SimPO's margin")
     add("--ipo_normalize", default="mean", choices=["mean", "sum"], help="of the log-ratios over a response's tokens")
-    add("--length_normalize", action="store_true", help="log-ratios per token in every loss with a reference")
+    add("--length_normalize", action="store_true", help="log-ratios per token, in dpo, cdpo, robust, hinge, ipo")
     add("--reference_free", action="store_true", help="a uniform reference")
     add("--weight_liked", type=float, default=1.0, help="of KTO's desirable rows")
     add("--weight_disliked", type=float, default=1.0, help="of its undesirable ones")
@@ -655,13 +656,16 @@ def check_args(args):
     if not 0 <= args.label_smoothing < 0.5:
         raise BadInput(f"--label_smoothing {args.label_smoothing:g} is the chance of a wrong label: 0 or more, below "
                        f"0.5")
+    for name, without in (("label_smoothing", ("hinge", "orpo", "kto", "sft")),
+                          ("length_normalize", ("simpo", "cpo", "orpo", "kto", "sft"))):
+        if getattr(args, name) and args.loss in without:
+            raise BadInput(f"--loss {args.loss} has no --{name}: leave it out")
     if args.data in ("pairs", "prompts") and not args.input:
         raise BadInput(f"--data {args.data} needs --input FILE.jsonl")
     if args.data in ("pairs", "hh") and args.rounds > 1:
         raise BadInput(f"--rounds {args.rounds} samples answers to questions, which --data {args.data} does not have: "
-                       f"use "
-                       f"--data prompts --input FILE")
-    for name in ("batch", "rounds", "samples", "max_new_tokens", "rollout_batch"):
+                       f"use --data prompts --input FILE")
+    for name in ("batch", "rounds", "samples", "max_new_tokens", "rollout_batch", "log_every"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: give 1 or more")
     return args
@@ -692,8 +696,7 @@ def load_policy(args, process):
     tokenizer = Tokenizer.from_pretrained(args.init)
     if args.ref and Tokenizer.from_pretrained(args.ref).spec() != tokenizer.spec():
         raise BadInput(f"--ref {args.ref} has another tokenizer than --init {args.init}: log-probabilities of "
-                       f"different "
-                       f"tokens do not compare; give a reference of the same one")
+                       f"different tokens do not compare; give a reference of the same one")
     chat_end(tokenizer, chat_format(tokenizer, args.template)[0])
     model = lora.plain(args.init)
     if args.dtype == "auto":
@@ -718,7 +721,7 @@ def split_rows(args):
     else:
         rows = data.read_preferences(args.input)
         random.Random(0).shuffle(rows)
-        n = args.val or min(512, len(rows) // 10)
+        n = args.val or min(512, max(1, len(rows) // 10))
         if n >= len(rows):
             raise BadInput(f"--val {n} leaves none of the {len(rows)} rows of {args.input} to train on")
         train, val = rows[n:], rows[:n]

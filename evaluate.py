@@ -50,7 +50,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from bpe import BEGINS, BadInput, Tokenizer, chat_stops, cli, read_json, render_chat, replace_file
+from bpe import BadInput, Tokenizer, chat_stops, cli, read_json, render_chat, replace_file
 from data import Figure, arithmetic, bios, number, read_rows, reading, share, stdlib
 from data import text as text_files
 from model import GPT, RewardModel, continuations, init_weights, newest_run, pad, setup_process, token_scores
@@ -327,8 +327,7 @@ class Subject:
         self.init, self.name, self.args = Path(init), Path(init).name or str(init), args
         self.model = GPT.from_pretrained(init, device, getattr(torch, args.dtype)).eval()
         self.tokenizer = Tokenizer.from_pretrained(init)
-        special, run = self.tokenizer.special, self.init / "run.json"
-        self.start = [special[name] for name in BEGINS if name in special][:1]  # how a document begins
+        self.start, run = self.tokenizer.begin, self.init / "run.json"
         self.run = read_json(run) if run.exists() else {}
         self.folder = self.init if self.run else Path("out", self.name)  # nobody else's folder is written to
         places = [self.init, *(Path(base) for base in [self.run.get("base")] if base)]  # an adapter's weights are two

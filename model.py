@@ -1476,16 +1476,16 @@ def end_scores(model, groups, tokens=8192):
 class RewardModel:
     """
     A run of rlhf.py --stage rm as a function (prompts, answers) -> scores, all texts: the value at the end token, in
-    its own tokenizer and template, shifted and scaled as run.json says.
+    its own tokenizer and template, shifted and scaled as run.json says, or with logits as it is.
     """
 
-    def __init__(self, folder, device="cpu"):
+    def __init__(self, folder, device="cpu", logits=False):
         self.model, self.tokenizer = GPT.from_pretrained(folder, device).eval(), Tokenizer.from_pretrained(folder)
         if not self.model.config.scalar_head:
             raise BadInput(f"reward={folder} has no scalar head: it is no reward model: train one with python rlhf.py "
                            f"--stage rm --out {folder}")
         path = Path(folder) / "run.json"
-        scale = json.loads(path.read_text()).get("reward", {}) if path.exists() else {}
+        scale = json.loads(path.read_text()).get("reward", {}) if path.exists() and not logits else {}
         self.mean, self.std = scale.get("mean", 0.0), scale.get("std", 1.0)
 
     def __call__(self, prompts, answers):
@@ -3997,7 +3997,7 @@ BLOOM_NAMES = {"wte": "transformer.word_embeddings", "embd_norm": "transformer.w
 # names, how the rest is read and written. The order is that in which an export looks for the first family that can say
 # what a config says.
 Family = namedtuple("Family", "cls base fields names read write")
-QWEN = dict(LLAMA1, block_size=32768, n_hidden=22016)
+QWEN_BASE = dict(LLAMA1, block_size=32768, n_hidden=22016)
 FAMILIES = {
     "gpt2": Family("GPT2LMHeadModel", GPT2, GPT2_FIELDS, GPT2_NAMES, read_gpt2,
                    lambda c: {"activation_function": TO_HF.get(c.act)}),
@@ -4005,14 +4005,15 @@ FAMILIES = {
                     write_llama),
     "mistral": Family("MistralForCausalLM", dict(LLAMA1, block_size=131072, n_hidden=14336), LLAMA_FIELDS, LLAMA_NAMES,
                       read_mistral, write_mistral),
-    "qwen2": Family("Qwen2ForCausalLM", QWEN, LLAMA_FIELDS, LLAMA_NAMES, read_qwen2, write_qwen2),
-    "qwen3": Family("Qwen3ForCausalLM", dict(QWEN, qk_norm=True), LLAMA_FIELDS, LLAMA_NAMES, read_qwen3, write_qwen2),
+    "qwen2": Family("Qwen2ForCausalLM", QWEN_BASE, LLAMA_FIELDS, LLAMA_NAMES, read_qwen2, write_qwen2),
+    "qwen3": Family("Qwen3ForCausalLM", dict(QWEN_BASE, qk_norm=True), LLAMA_FIELDS, LLAMA_NAMES, read_qwen3,
+                    write_qwen2),
     "mixtral": Family("MixtralForCausalLM", dict(LLAMA, block_size=131072, n_hidden=14336, n_expert=8),
                       MIXTRAL_FIELDS, MIXTRAL_NAMES, read_mixtral, write_mixtral),
-    "qwen2_moe": Family("Qwen2MoeForCausalLM", dict(QWEN, n_hidden=5632, n_expert=60, n_expert_active=4,
+    "qwen2_moe": Family("Qwen2MoeForCausalLM", dict(QWEN_BASE, n_hidden=5632, n_expert=60, n_expert_active=4,
                                                     expert_hidden=1408), QWEN_MOE_FIELDS, QWEN_MOE_NAMES,
                         read_qwen_moe, write_qwen_moe),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", dict(QWEN, n_hidden=6144, n_kv_head=4, qk_norm=True, n_expert=128,
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", dict(QWEN_BASE, n_hidden=6144, n_kv_head=4, qk_norm=True, n_expert=128,
                                                     n_expert_active=8, expert_hidden=768), QWEN_MOE_FIELDS,
                         QWEN_MOE_NAMES, read_qwen_moe, write_qwen_moe),
     "olmoe": Family("OlmoeForCausalLM", dict(LLAMA, block_size=4096, n_hidden=2048, qk_norm=True, qk_norm_all=True,

@@ -6,14 +6,13 @@ Reinforcement learning from human feedback, or from any function that scores an 
 --stage rm trains the reward r on comparisons, -log σ(r(x, y_w) - r(x, y_l)) (Bradley & Terry; Ouyang et al. 2022, eq.
 1); --stage rl the policy, by PPO with a critic (Schulman et al. 2017) or one of the methods without: GRPO (Shao et al.
 2024), Dr. GRPO (Liu et al. 2025), DAPO (Yu et al. 2025), GSPO (Zheng et al. 2025), CISPO (MiniMax 2025), RLOO (Ahmadian
-et al.
-2024), REINFORCE, rejection sampling with SFT (RAFT, Dong et al. 2023; LLaMA-2), or by nothing but best of n.
+et al. 2024), REINFORCE, rejection sampling with SFT (RAFT, Dong et al. 2023; LLaMA-2), or by nothing but best of n.
 
     python rlhf.py                                           # sums of two digits: trains its start, then PPO
     python rlhf.py --task arithmetic --algo grpo             # out/sft answers "993-7=?"; what it knows is asked too
     python rlhf.py --stage rm --task tastes; python rlhf.py --task tastes --reward reward=out/rm
-    torchrun --nproc_per_node 8 rlhf.py --algo grpo --task gsm8k --init HuggingFaceTB/SmolLM2-135M-Instruct --parallel
-    fsdp
+    torchrun --nproc_per_node 8 rlhf.py --algo grpo --task gsm8k --init HuggingFaceTB/SmolLM2-135M-Instruct \
+        --parallel fsdp --max_new_tokens 256
     python rlhf.py table --seeds 3; python rlhf.py overoptimize                       # the README's table and plot
 
 What a trustworthy implementation does, each with its test in tests/test_rlhf.py:
@@ -84,11 +83,10 @@ def ranking_loss(scores, margin=0.0, center=0.0):
 
 def combine_rewards(helpful, safe, threshold=0.15):
     """
-    LLaMA-2's one score out of two models' (N,), (N,): the safety score where its probability is below the threshold,
-    else the helpful one; both as logits, then whitened over the batch (Touvron et al. 2023, 3.2.2).
+    LLaMA-2's one score out of two models' logits (N,), (N,): the safety score where its probability is below the
+    threshold, else the helpful one; Learner.rollout whitens them over the batch (Touvron et al. 2023, 3.2.2).
     """
-    mixed = torch.where(safe.sigmoid() < threshold, safe, helpful)
-    return whiten(mixed, torch.ones_like(mixed))
+    return torch.where(safe.sigmoid() < threshold, safe, helpful)
 
 
 def punish_missing_end(scores, ended, how, penalty):
@@ -283,7 +281,7 @@ class Recipe(NamedTuple):
 
 
 ALGOS = {
-    "ppo": Recipe("gae", kl_in="reward", kl="k1", kl_coef=0.02, epochs=2, minibatches=2),
+    "ppo": Recipe("gae", std="biased", kl_in="reward", kl="k1", kl_coef=0.02, epochs=2, minibatches=2),
     "grpo": Recipe(std="unbiased", aggregate="sequence"),
     "dr_grpo": Recipe(aggregate="constant"),
     "dapo": Recipe(std="unbiased", clip_high=0.28, dynamic=True, overlong=0.2),
@@ -336,7 +334,7 @@ def reward_function(spec, tasks, device):
     if kind == "reward" and where:
         return RewardModel(where, device)
     if kind == "helpful" and ",safe=" in where:
-        helpful, safe = (RewardModel(folder, device) for folder in where.split(",safe="))
+        helpful, safe = (RewardModel(folder, device, logits=True) for folder in where.split(",safe="))
         return lambda prompts, responses: combine_rewards(torch.tensor(helpful(prompts, responses)),
                                                           torch.tensor(safe(prompts, responses))).tolist()
     file, _, name = spec.rpartition(":")
@@ -347,8 +345,7 @@ def reward_function(spec, tasks, device):
         if callable(getattr(code, name, None)):
             return getattr(code, name)
     raise BadInput(f"--reward {spec} is unknown: use check, taste, human, rule=REGEX, reward=DIR, "
-                   f"helpful=DIR,safe=DIR, or "
-                   f"FILE.py:FUNCTION")
+                   f"helpful=DIR,safe=DIR, or FILE.py:FUNCTION")
 
 
 def score(reward_fn, prompts, responses):
@@ -359,16 +356,14 @@ def score(reward_fn, prompts, responses):
         raise
     except Exception as error:  # whatever the user's own function may raise
         raise BadInput(f"the reward function raised {type(error).__name__}: {error}; it gets a list of prompts and a "
-                       f"list of "
-                       f"answers and returns a list of numbers") from None
+                       f"list of answers and returns a list of numbers") from None
     if len(scores) != len(responses):
         raise BadInput(f"the reward function returned {len(scores)} scores for {len(responses)} answers: it must "
                        f"return one each")
     bad = (~scores.isfinite()).nonzero()
     if len(bad):
         raise BadInput(f"the reward function returned {scores[bad[0]].item()} for the answer "
-                       f"{responses[bad[0].item()]!r}: a "
-                       f"score must be a finite number")
+                       f"{responses[bad[0].item()]!r}: a score must be a finite number")
     return scores
 
 
@@ -557,8 +552,7 @@ def comparisons(args, tokenizer, device, say):
         found.append({"messages": [{"role": "user", "content": task["prompt"]}], "ranked": [a, b], "tie": False,
                       "margin": 0.0})
     say(f"{args.pairs} + {held} comparisons of the start's own answers; their true reward gets {best / sure:.1%} of "
-        f"the held-out "
-        f"ones right: the ceiling")
+        f"the held-out ones right: the ceiling")
     return found[:args.pairs], found[args.pairs:], best / sure
 
 
@@ -573,6 +567,9 @@ def reward_stage(args, process, say):
         model.scalar_head.weight.requires_grad_(True)
     T, share = min(args.block_size or 2048, model.context), shares_prompts(model.config)
     sharded = shard(model, process, args)
+    if sharded.sharded and adapter is not None:
+        raise BadInput(f"--parallel {args.parallel} with an adapter cannot gather the model to save it: use ddp or "
+                       f"zero1")
     optimizer = optimizer_of(sharded, args.rm_lr, args)
     args.micro_batch = args.micro_batch or max(1, (16384 if device.type == "cuda" else 4096) // T)
 
@@ -671,7 +668,7 @@ def reward_stage(args, process, say):
         metrics |= {"ceiling": ceiling, "share_of_ceiling": metrics["accuracy"] / ceiling}
     metrics = {k: round(v, 5) for k, v in metrics.items()} | {"seconds": round(time.time() - started, 1)}
     say("held out: " + "  ".join(f"{k} {v}" for k, v in metrics.items()))
-    weights = None if sharded.plain else sharded.state_dict([optimizer]).get("model")
+    weights = None if sharded.plain or model.adapter is not None else sharded.state_dict([optimizer]).get("model")
     if process.rank == 0:
         if model.adapter is not None:
             lora.fold(model)
@@ -730,8 +727,7 @@ class Learner:
             critic = load(args.critic_init or args.init, args, process)
             if Tokenizer.from_pretrained(args.critic_init or args.init).spec() != tokenizer.spec():
                 raise BadInput(f"--critic_init {args.critic_init} has another tokenizer than --init {args.init}: a "
-                               f"critic reads "
-                               f"the actor's tokens; start it from a model of the same one")
+                               f"critic reads the actor's tokens; start it from a model of the same one")
             critic = freeze_language_head(with_scalar_head(critic, scale=0))
             if self.adapter is not None:
                 lora.apply(critic, self.adapter, tokenizer, args.seed)
@@ -752,8 +748,7 @@ class Learner:
             self.whole = load(args.init, args, process).to(self.device, actor.compute_dtype).requires_grad_(False)
         if self.sharded.sharded and (self.adapter is not None or actor.config.scalar_head):
             raise BadInput(f"--parallel {args.parallel} with an adapter or --critic head cannot gather the actor to "
-                           f"generate "
-                           f"with: use --parallel ddp, or full tuning with --critic separate")
+                           f"generate with: use --parallel ddp, or full tuning with --critic separate")
         self.end = chat_end(tokenizer, chat_format(tokenizer, args.template)[0])
         self.kl_coef = args.kl_coef
         models = {"actor": (actor, True, False), "reference": (self.frozen or actor, False, self.frozen is None)}
@@ -768,10 +763,10 @@ class Learner:
 
     # forward passes
 
-    def forward(self, model, groups, last=True, policy=True, values=False):
+    def forward(self, model, groups, last=True, policy=True, values=False, trunk=True):
         """
         (log π, entropy, V), (n, L) each, of the answers of groups: at the sampling temperature, detail 1; None for what
-        is not asked. model: a Sharded, or a plain model that is only read.
+        is not asked. model: a Sharded, or a plain model that is only read. Without trunk V's gradient ends at its head.
         """
         args = self.args
         steady = self.device.type == "cuda"
@@ -780,11 +775,16 @@ class Learner:
 
         def outcome(model, x):
             found = token_logprobs(model, x, targets, args.temperature, entropy=True) if policy else ()
-            return (*found, model.scalar_head(x).squeeze(-1).float()) if values else found
+            return (*found, model.scalar_head(x if trunk else x.detach()).squeeze(-1).float()) if values else found
         inputs = dict(idx=idx, positions=positions, doc_ids=doc_ids, outcome=outcome)
         found = step_forward(model, last, **inputs) if hasattr(model, "stand_in") else model(**inputs)
         found = [by_response(t, segments, packed.n) for t in found]
         return (*(found[:2] if policy else (None, None)), found[-1] if values else None)
+
+    def apart(self, groups):
+        """Groups in parts that fit into a micro-batch, and where the answers of each begin among all of them."""
+        parts = data.apart(groups, self.T, self.args.micro_batch, self.share)
+        return parts, np.cumsum([0] + [len(answers) for _, answers in parts])
 
     def parts(self, groups, sharded):
         return same_count(data.micro_batches(groups, self.T, self.args.micro_batch, self.share), sharded)
@@ -792,10 +792,10 @@ class Learner:
     @torch.no_grad()
     def read(self, model, groups, policy=True, values=False):
         """forward over all groups, in their order, without a gradient: (log π, entropy, V), (N, L)."""
-        L, sizes = max(len(r) for _, rs in groups for r in rs), [len(rs) for _, rs in groups]
-        starts = np.cumsum([0] + sizes)
+        L = max(len(r) for _, rs in groups for r in rs)
+        groups, starts = self.apart(groups)
         out = [torch.zeros(starts[-1], L, device=self.device) for _ in range(3)]
-        for part in same_count(data.micro_batches(groups, self.T, self.args.micro_batch, self.share), self.sharded):
+        for part in self.parts(groups, self.sharded):
             found = self.forward(model, [groups[g] for g in part], policy=policy, values=values)
             rows = [i for g in part for i in range(starts[g], starts[g + 1])]
             for whole, t in zip(out, found):
@@ -824,8 +824,7 @@ class Learner:
         longest = max(map(len, prompts))
         if longest + args.max_new_tokens > self.T:
             raise BadInput(f"a prompt of {longest} tokens and --max_new_tokens {args.max_new_tokens} do not fit into a "
-                           f"row of "
-                           f"{self.T}: give shorter prompts, fewer new tokens, or a larger --block_size")
+                           f"row of {self.T}: give shorter prompts, fewer new tokens, or a larger --block_size")
         answers = rollouts(self.generator(), prompts, args.group, self.end, args.max_new_tokens, args.temperature, seed,
                            args.rollout_batch, start)
         texts = [data.answer_text(self.tokenizer, ids) for group in answers for ids in group]
@@ -869,6 +868,9 @@ class Learner:
         mask = (torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]).float()
         ended = torch.tensor([r[-1] == self.end for r in answers], device=self.device)
         scores, shaped = scores.to(self.device), scores.to(self.device)
+        total = lambda t: all_reduce(t.clone())
+        if args.reward.startswith("helpful="):
+            shaped = whiten(shaped, torch.ones_like(shaped), total=total)
         if args.missing_end != "none":
             shaped = punish_missing_end(shaped, ended, args.missing_end, args.end_penalty)
         if args.overlong:
@@ -876,7 +878,6 @@ class Learner:
                                                int(args.overlong * args.max_new_tokens))
         if args.reward_clip:
             shaped = shaped.clamp(-args.reward_clip, args.reward_clip)
-        total = lambda t: all_reduce(t.clone())
         if args.whiten_rewards:  # detail 9
             shaped = whiten(shaped, torch.ones_like(shaped), shift_mean=False, total=total)
         old, entropy, _ = self.read(self.actor, groups)
@@ -923,24 +924,24 @@ class Learner:
             self.critic.train()
         for epoch in range(args.epochs):
             for batch in np.array_split(rng.permutation(len(r.groups)), min(args.minibatches, len(r.groups))):
-                rows_of = lambda gs: torch.tensor([g * G + k for g in gs for k in range(G)], device=self.device,
-                                                  dtype=torch.long)
-                count = all_reduce(torch.stack((r.mask[rows_of(batch)].sum(),
-                                                r.mask.new_tensor(float(len(batch) * G)))))
-                groups = [r.groups[g] for g in batch]
+                drawn = [g * G + k for g in batch for k in range(G)]
+                count = all_reduce(torch.stack((r.mask[drawn].sum(), r.mask.new_tensor(float(len(drawn))))))
+                groups, starts = self.apart([r.groups[g] for g in batch])
+                rows_of = lambda part: torch.tensor([i for g in part for i in drawn[starts[g]:starts[g + 1]]],
+                                                    device=self.device, dtype=torch.long)
                 parts, here = self.parts(groups, self.sharded), torch.zeros(8, device=self.device)
                 if ptx is not None:
                     x, y = ptx(iteration, epoch)
                     loss = step_forward(self.sharded, False, idx=x, targets=y)[1]
-                    (args.ptx_weight * loss).backward()
+                    (args.ptx_weight * train_actor * loss).backward()
                 for i, part in enumerate(parts):
                     last = i == len(parts) - 1
                     logp, entropy, values = self.forward(self.sharded, [groups[g] for g in part], last,
-                                                         values=self.gae and self.critic is None)
+                                                         values=self.gae and self.critic is None, trunk=train_actor)
                     if not part:
                         (0 * logp.sum()).backward()
                         continue
-                    rows = rows_of(batch[part])
+                    rows = rows_of(part)
                     L = logp.shape[1]
                     old, ref, mask, advantages = (t[rows, :L] for t in (r.old, r.ref, r.mask, r.advantages))
                     price = self.kl_coef if args.kl_in == "loss" else 0.0
@@ -987,7 +988,7 @@ class Learner:
                         if not part:
                             (0 * values.sum()).backward()
                             continue
-                        rows, L = rows_of(batch[part]), values.shape[1]
+                        rows, L = rows_of(part), values.shape[1]
                         loss = ppo_value_loss(values, r.values[rows, :L], r.returns[rows, :L], r.mask[rows, :L],
                                               args.value_clip)
                         (loss.sum() / count[0] * world).backward()
@@ -1123,7 +1124,7 @@ def get_args(argv=None):
     add("--task", default="addition",
         help=f"{', '.join(data.TASKS)}, FILE.jsonl with prompt and answer; --stage rm: tastes, hh, or pairs with "
              f"--input")
-    add("--input", help="a local file of comparisons, for --stage rm")
+    add("--input", help="a local file of comparisons, for --stage rm; or the text of --ptx text")
     add("--template", help="chat template (default: the tokenizer's own)")
     add("--reward", help="who scores, see reward_function (default: check; tastes: taste)")
     add("--val", type=int, default=500, help="held-out questions asked before and after")
@@ -1254,7 +1255,7 @@ def check_args(args):
     if args.group < 2 and needs_group and args.stage == "rl":
         raise BadInput(f"--group {args.group}: --algo {args.algo} compares answers to one prompt: give 2 or more")
     for name in ("prompts", "group", "max_new_tokens", "iterations", "epochs", "minibatches", "rollout_batch", "pairs",
-                 "val"):
+                 "val", "start_steps", "log_every"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: give 1 or more")
     if args.temperature <= 0:
@@ -1317,7 +1318,10 @@ def main():
     if device.type == "cuda" if args.compile is None else args.compile:
         learner.actor.compile_parts()
     if args.ptx:
-        folders, _ = data.prepare(args.ptx, tokenizer)
+        if process.rank == 0:
+            data.prepared(tokenizer, args.ptx, args.input)
+        process.wait()
+        folders = data.prepared(tokenizer, args.ptx, args.input)
         loader = data.TokenLoader([(w, data.open_tokens(f / "train.bin")) for w, f in folders.values()], learner.T,
                                   args.seed)
 

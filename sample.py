@@ -40,7 +40,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from bpe import (BEGINS, BadInput, StreamDecoder, Tokenizer, chat_stops, cli, read_json, read_pieces, render_chat,
+from bpe import (BadInput, StreamDecoder, Tokenizer, chat_stops, cli, read_json, read_pieces, render_chat,
                  replace_file)
 from data import number, read_rows, reading, share
 from model import (GPT, Decoder, KVCache, Linear, Sampling, continuations, invert, kv_cache_bytes, linear_cross_entropy,
@@ -897,7 +897,7 @@ class Asker:
             return ids[:max(i for i, m in enumerate(mask) if m)] if lead else ids  # without the token that ends it
         parts = [s.form.format(s.question) + " " * (s.form == QUESTION) + s.answer for s in shots]
         text = "".join(p if p.endswith("\n") else p + "\n\n" for p in parts) + question.form.format(question.question)
-        return beginning(self.tokenizer) + self.tokenizer.encode(text + lead)
+        return self.tokenizer.begin + self.tokenizer.encode(text + lead)
 
     def fitting(self, question, shots, room):
         """The last of the shots, as many as leave `room` tokens of the context."""
@@ -920,15 +920,10 @@ class Asker:
         return ["\nQuestion:"] * (question.form == QUESTION) + (["\n"] if lines else ["\n\n"] * bool(shots))
 
 
-def beginning(tokenizer):
-    """The ids with which every document of the training text began."""
-    return [tokenizer.special[name] for name in BEGINS if name in tokenizer.special][:1]
-
-
 @torch.inference_mode()
 def embed(model, tokenizer, texts, batch=16):
     """The model's own embedding of each text, (N, C) float32: the mean of its last hidden states."""
-    start, found = beginning(tokenizer), []
+    start, found = tokenizer.begin, []
     T = model.context - len(start)
     rows = [tokenizer.encode(text or " ")[:T] for text in texts]
     for i in range(0, len(rows), batch):
@@ -1327,7 +1322,7 @@ def main_medusa(init, model, tokenizer, args):
         rows = torch.tensor(ids[:len(ids) // T * T]).view(-1, T)
     else:
         print(f"writing {rows} rows of {T} tokens", flush=True)
-        own = [beginning(tokenizer) or [0]] * rows
+        own = [tokenizer.begin or [0]] * rows
         new, _ = model.generate(own, T, slots=64, temperature=args.temperature, compile=args.compile)
         rows = torch.tensor([a + b for a, b in zip(own, new)])[:, :T]
     if len(rows) < 2:
@@ -1412,7 +1407,7 @@ def main():
 
     text = read_prompt(args)
     T, shown = model.context, "" if args.chat else text
-    prompt = beginning(tokenizer) + tokenizer.encode(text)
+    prompt = tokenizer.begin + tokenizer.encode(text)
     if args.chat:
         prompt = Asker(tokenizer, args, T).ids(Solved(text, ""))
     if len(prompt) > T:

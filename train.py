@@ -328,7 +328,8 @@ def choose_dtype(name, device, rows, width):
             x = torch.randn(rows, width, dtype=dtype)
             ((x @ w.to(dtype).T).relu().square() @ w.to(dtype)).sum().backward()
         seconds[dtype] = time.perf_counter() - start
-    return min(seconds, key=seconds.get)
+    slower = all_reduce(torch.tensor(seconds[torch.float32] - seconds[torch.bfloat16]))  # one choice for all ranks
+    return torch.bfloat16 if slower > 0 else torch.float32
 
 
 def calibrate(device, dtype):
@@ -705,7 +706,7 @@ def report(model, tokenizer, folders, say):
             say(f"{metric}: {metrics[metric]:.1%} of {len(rows)} questions about {name}, for example")
             for row, answer in list(zip(rows, answers))[:: max(1, len(rows) // 3)][:3]:
                 say(f"    {row['prompt']}|{answer.splitlines()[0] if answer.strip() else answer!r}")
-    tokens, _ = model.generate([[tokenizer.eot]] * 3, max_new_tokens=100, temperature=0.8, stop=[tokenizer.eot])
+    tokens, _ = model.generate([tokenizer.begin] * 3, max_new_tokens=100, temperature=0.8, stop=[tokenizer.eot])
     say("samples:\n" + "\n".join("    " + tokenizer.decode(row).replace("\n", "\n    ") for row in tokens))
     return metrics
 

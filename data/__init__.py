@@ -38,7 +38,7 @@ from bpe import BadInput, Tokenizer, render_chat, replace_file
 
 CORPORA = ("bios", "arithmetic", "shakespeare", "tinystories", "fineweb", "text", "stdlib")
 MAGIC = 20240520  # of the public fineweb shards: header[0]; header[1] version, header[2] number of tokens
-TASKS = ("arithmetic", "addition", "multiplication", "tastes")  # questions whose answers a program checks
+TASKS = ("arithmetic", "addition", "multiplication", "gsm8k", "tastes")  # questions whose answers a program checks
 TOKENIZER_CHARS = 100_000_000  # a tokenizer is trained on at most this much of a corpus
 
 # -----------------------------------------------------------------------------
@@ -126,10 +126,10 @@ def _documents(name, split, input):
     return importlib.import_module(f"data.{name}").documents(split, input=input)
 
 
-def _texts(names, input):
-    """The training text of several corpora in turn, each up to its share of TOKENIZER_CHARS."""
+def _texts(names, input, most):
+    """The training text of several corpora in turn, each up to its share of `most` characters."""
     for name in names:
-        left = TOKENIZER_CHARS // len(names)
+        left = most / len(names)
         for text, _ in _documents(name, "train", input):
             if left <= 0:
                 break
@@ -138,12 +138,15 @@ def _texts(names, input):
 
 
 def _encode(name, split, tokenizer, input, count):
-    """Arrays of ids, document by document, each starting with <|endoftext|>; count[split] adds up UTF-8 bytes."""
-    documents = _documents(name, split, input)
+    """
+    Arrays of ids, document by document, each starting with the token that ends one, then the one that begins one where
+    that is another; count[split] adds up UTF-8 bytes.
+    """
+    documents, border = _documents(name, split, input), list(dict.fromkeys([tokenizer.eot, *tokenizer.begin]))
     while batch := list(islice(documents, 64)):
         for (text, starts), ids in zip(batch, tokenizer.encode_batch([text for text, _ in batch])):
             count[split] = count.get(split, 0) + len(text.encode())
-            yield [tokenizer.eot] + list(ids) if starts else ids
+            yield border + list(ids) if starts else ids
 
 
 def _fingerprint(name, input):
@@ -182,6 +185,9 @@ def prepare(spec, tokenizer=None, vocab_size=1024, input=None, root=None):
             raise BadInput(f"--data {name} comes tokenized: leave --tokenizer out, or give {module.TOKENIZER}")
         tokenizer = theirs
     if isinstance(tokenizer, Tokenizer):
+        if tokenizer.eot is None:
+            raise BadInput(f"--tokenizer: that one of {tokenizer.n_vocab} ids has no token that ends a document: make "
+                           f"one with --special \"<|endoftext|>\"")
         label = f"{tokenizer.kind}-{hashlib.sha256(json.dumps(tokenizer.spec()).encode()).hexdigest()[:8]}"
     elif tokenizer in (None, "char"):
         label = "char" if tokenizer == "char" else f"bpe{vocab_size}"
@@ -199,7 +205,7 @@ def prepare(spec, tokenizer=None, vocab_size=1024, input=None, root=None):
 
     start = time.time()
     if not isinstance(tokenizer, Tokenizer):
-        texts = _texts(names, input)
+        texts = _texts(names, input, math.inf if tokenizer == "char" else TOKENIZER_CHARS)
         if tokenizer == "char":  # every character that is ever asked
             texts = chain(texts, (text for name in names for text, _ in _documents(name, "val", input)))
         tokenizer = Tokenizer.train(texts, vocab_size, digits=True, kind="char" if tokenizer == "char" else "bpe")
@@ -545,10 +551,10 @@ def reads_texts(run):
 
 def exact_match(model, tokenizer, rows, batch=256):
     """
-    Ask each row's prompt after <|endoftext|>, greedily; right where the text goes on with the answer, letter by
+    Ask each row's prompt as a document's beginning, greedily; right where the text goes on with the answer, letter by
     letter. Returns (share that is right, the generated texts).
     """
-    prompts = [[tokenizer.eot] + tokenizer.encode(row["prompt"]) for row in rows]
+    prompts = [tokenizer.begin + tokenizer.encode(row["prompt"]) for row in rows]
     longest = max(len(tokenizer.encode(row["answer"])) for row in rows)
     texts = []
     for i in range(0, len(prompts), batch):
@@ -727,12 +733,16 @@ class Packed(NamedTuple):
 
 
 def branch_lengths(group, T, share):
-    """The documents that a group becomes, (prompt or not, responses in it) with the tokens of each."""
+    """The documents that a group becomes, [(tokens, its responses' numbers), …]: few, of at most T, in their order."""
     prompt, responses = group
-    together = len(prompt) - 1 + sum(map(len, responses))
-    if share and together <= T:
-        return [(together, range(len(responses)))]
-    return [(len(prompt) - 1 + len(r), [i]) for i, r in enumerate(responses)]
+    documents = []
+    for i, response in enumerate(responses):
+        if share and documents and documents[-1][0] + len(response) <= T:
+            documents[-1][0] += len(response)
+            documents[-1][1].append(i)
+        else:
+            documents.append([len(prompt) - 1 + len(response), [i]])
+    return documents
 
 
 def fit(rooms, lengths, T):
@@ -764,14 +774,28 @@ def micro_batches(groups, T, rows, share=True):
         yield batch
 
 
+def apart(groups, T, rows, share=True):
+    """The groups, those that take more than `rows` rows of T in several parts; the order of all responses stays."""
+    parts = []
+    for prompt, responses in groups:
+        first, sizes = 0, []
+        for n, which in branch_lengths((prompt, responses), T, share):
+            if sizes and len(fit([], [*sizes, n], T)[0]) > rows:
+                parts.append((prompt, responses[first:which[0]]))
+                first, sizes = which[0], []
+            sizes.append(n)
+        parts.append((prompt, responses[first:]))
+    return parts
+
+
 def pack_branches(groups, T, share=True, ask_prompt=False, steady=False):
     """
     groups: [(prompt ids, [response ids, …]), …] -> Packed rows of at most T tokens. A group is one document
         p_1 … p_{P-1} | p_P r_1 … r_{n-1} | p_P s_1 … s_{m-1} | …
     whose branches each see the prompt and themselves, at positions that go on from P - 1: the prompt is computed once
-    for all its responses, and each branch begins with the token that predicts its first. share False, or a group longer
-    than T: one document a response. ask_prompt: p_2 … p_P are targets too, once a group. steady: rows of exactly T, a
-    power of two of them, so that what is compiled for each shape is compiled for few.
+    for all its responses, and each branch begins with the token that predicts its first. A group longer than T becomes
+    several such documents; share False: one a response. ask_prompt: p_2 … p_P are targets too, once a group. steady:
+    rows of exactly T, a power of two of them, so that what is compiled for each shape is compiled for few.
     """
     pieces = []  # (group, responses) a document, with its length
     for g, group in enumerate(groups):

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import requests
 
-from bpe import BadInput, download, hub_endpoint, hub_get
+from bpe import BadInput, download, hub_endpoint, hub_get, hub_lock
 
 REPO = "kjj0/fineweb10B-gpt2"
 TOKENIZER = "gpt2"
@@ -31,22 +31,27 @@ def fetch(repo, names, folder):
                        f"it there")
     try:
         if missing:
-            answer = hub_get(f"{hub_endpoint()}/api/datasets/{repo}/tree/main")
+            answer = hub_get(f"{hub_endpoint()}/api/datasets/{repo}/tree/main?recursive=true")
             answer.raise_for_status()
             listed = {entry["path"]: entry for entry in answer.json()}
             if unknown := [name for name in missing if "lfs" not in listed.get(name, ())]:
                 raise BadInput(f"{repo} has no {unknown[0]}: ask for fewer files")
-            folder.mkdir(parents=True, exist_ok=True)
         for name in missing:
-            size, sha256 = listed[name]["size"], listed[name]["lfs"]["oid"]
-            print(f"{name}: {size / 1e6:,.0f} MB")
-            url = f"{hub_endpoint()}/datasets/{repo}/resolve/main/{quote(name)}"
-            download(url, folder / name, size, hashlib.sha256(), sha256, repo)
+            file, size, sha256 = folder / name, listed[name]["size"], listed[name]["lfs"]["oid"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with hub_lock(file.parent):  # all ranks of a run ask at once
+                if not file.exists():
+                    print(f"{name}: {size / 1e6:,.0f} MB")
+                    url = f"{hub_endpoint()}/datasets/{repo}/resolve/main/{quote(name)}"
+                    download(url, file, size, hashlib.sha256(), sha256, repo)
     except (requests.RequestException, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"{repo} could not be had from {hub_endpoint()} ({type(error).__name__}): try again with a "
                        f"network, or copy {missing[0]} into {folder}") from None
+    except OSError as error:
+        raise BadInput(f"{folder} could not be written ({error.strerror}): free some space, or copy {missing[0]} "
+                       f"there") from None
     return [folder / name for name in names]
 
 

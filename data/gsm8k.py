@@ -3,8 +3,10 @@ GSM8K: grade-school word problems with worked answers that end in "#### 42" (Cob
 
     python sft.py --init HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k              # downloads 5 MB
     python sft.py --init HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k --input FILE
+    python rlhf.py --init HuggingFaceTB/SmolLM2-135M-Instruct --task gsm8k --algo grpo --max_new_tokens 256
 """
 import re
+from itertools import islice
 from pathlib import Path
 
 from data import download, read_chats
@@ -26,3 +28,9 @@ def chats(split, input=None):
         yield from (row for _, row in read_chats(download(URL.format(name), FOLDER / f"{name}.jsonl")))
     elif split == "train":
         yield from (row for _, row in read_chats(input))
+
+
+def problems(split, n=None):
+    """n rows {"prompt": a question, "answer": the worked answer}, whose last number is asked for."""
+    for row in islice(chats(split), n):
+        yield {"prompt": row["question"], "answer": row["answer"]}

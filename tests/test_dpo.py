@@ -200,6 +200,22 @@ def test_shared_prompts_save_tokens_and_gradients_agree():
     assert (gradients[0] - gradients[1]).abs().max() < 1e-4 * gradients[0].abs().max()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_group_longer_than_a_row_shares_its_prompt_piece_by_piece(rows):
+    model, groups = tiny(), some_groups(5, responses=20)
+    expected = torch.stack([alone(model, p, r) for p, rs in groups for r in rs])
+    assert torch.allclose(packed_logprobs(model, groups), expected, atol=2e-5)
+    assert data.pack_branches(groups, 32).idx.size < data.pack_branches(groups, 32, False).idx.size
+
+    parts = data.apart(groups, 32, rows)
+    assert [(p, r) for p, rs in parts for r in rs] == [(p, r) for p, rs in groups for r in rs]
+    assert len(parts) > len(groups)
+    assert torch.allclose(packed_logprobs(model, parts), expected, atol=2e-5)
+    for batch in data.micro_batches(parts, 32, rows):
+        assert len(data.pack_branches([parts[g] for g in batch], 32).idx) <= rows
+    assert data.apart(groups, 512, 1) == groups
+
+
 def test_padding_changes_nothing():
     model, groups = tiny(block_size=48), some_groups()
     wide = packed_logprobs(model, groups, T=48, steady=True)

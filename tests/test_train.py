@@ -1,4 +1,5 @@
 """The train room as a specification: optimizers, schedules, batches, and runs of the script itself."""
+import gzip
 import hashlib
 import json
 import math
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -20,7 +22,7 @@ import data
 import train as T
 from bpe import BadInput, Tokenizer
 from conftest import ROOT, package
-from data import fineweb, tinystories
+from data import fineweb, hh, tinystories
 from model import (GPT, GPTConfig, Process, init_weights, linear_cross_entropy, load_run, load_safetensors,
                    start_run)
 from quantize import dynamic_code
@@ -572,13 +574,17 @@ def hub_server(tmp_path, monkeypatch):
     stories = [f"Once there were {i} cats.\n" for i in range(3000)]
     for name in tinystories.FILES.values():
         files[name] = "<|endoftext|>\n".join(stories).encode()
+    for name in ("train", "test"):
+        pairs = [{part: f"\n\nHuman: {name} {i}\n\nAssistant: {part}" for part in ("chosen", "rejected")}
+                 for i in range(9)]
+        files[f"harmless-base/{name}.jsonl.gz"] = gzip.compress("\n".join(map(json.dumps, pairs)).encode())
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self):
             calls.append(self.path)
             if self.path.startswith("/api/datasets/"):
                 listed = [{"path": name, "size": len(content), "lfs": {"oid": hashlib.sha256(content).hexdigest()}}
-                          for name, content in files.items()]
+                          for name, content in files.items() if "/" not in name or "recursive=true" in self.path]
                 body, start = json.dumps([*listed, {"path": "README.md", "size": 3}]).encode(), 0
             else:
                 body, asked = files[self.path.split("/resolve/main/")[1]], self.headers.get("Range")
@@ -587,6 +593,7 @@ def hub_server(tmp_path, monkeypatch):
             self.send_header("Content-Length", str(len(body) - start))
             self.end_headers()
             breaks = "train_000001" in self.path and not start
+            time.sleep(0.2 * ("/resolve/" in self.path))
             self.wfile.write(body[start:start + 70000 if breaks else None])
 
         def log_message(self, *args):
@@ -597,6 +604,7 @@ def hub_server(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(fineweb, "FOLDER", tmp_path / "fineweb")
     monkeypatch.setattr(tinystories, "FOLDER", tmp_path / "tinystories")
+    monkeypatch.setattr(hh, "FOLDER", tmp_path / "hh")
     yield files, calls
     server.shutdown()
     server.server_close()
@@ -647,6 +655,14 @@ def test_fineweb_refuses_what_it_cannot_have(hub_server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(BadInput, match="could not be had"):
         fineweb.shards("2")
+
+
+def test_preferences_of_the_hub_arrive_from_a_folder_and_once_for_all_ranks(hub_server, tmp_path):
+    with ThreadPoolExecutor(4) as ranks:
+        found = list(ranks.map(lambda rank: list(hh.preferences("train")), range(4)))
+    assert all(rows == found[0] and len(rows) == 9 for rows in found)
+    assert sum("/resolve/" in path for path in hub_server[1]) == 1
+    assert "test 0" in str(next(iter(hh.preferences("val")))) and not list(tmp_path.rglob("*.part"))
 
 
 def test_tinystories_are_one_document_each(hub_server):
@@ -956,3 +972,23 @@ def test_token_files_that_were_deleted_or_cut_are_made_again(tmp_path, capsys):
 def test_an_odd_context_needs_no_context_parallelism(tmp_path, monkeypatch):
     here(monkeypatch, *SMALL, "--block_size", 31, "--batch_tokens", 248, "--steps", 1, "--out", tmp_path / "odd")
     assert load_run(tmp_path / "odd")[0].config.block_size == 31
+
+
+def test_letters_are_those_of_the_whole_text_and_documents_need_an_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TOKENIZER_CHARS", 1000)
+    (tmp_path / "t.txt").write_text("the cat sat on the mat. " * 500 + "é" + " the dog ran." * 500)
+    _, tokenizer = data.prepare("text", "char", None, str(tmp_path / "t.txt"), root=tmp_path / "data")
+    assert tokenizer.decode(tokenizer.encode("é")) == "é"
+    endless = Tokenizer.train(["the cat sat"], 260, special=())
+    with pytest.raises(BadInput, match="ends a document"):
+        data.prepare("text", endless, None, str(tmp_path / "t.txt"), root=tmp_path / "data")
+
+
+def test_documents_begin_with_a_token_of_their_own_where_the_tokenizer_has_one(tmp_path):
+    (tmp_path / "t.txt").write_text("the cat sat on the mat. " * 500)
+    llama = Tokenizer.train(["the cat sat on the mat."], 260, special=("<s>", "</s>"))
+    folders, tokenizer = data.prepare("text", llama, None, str(tmp_path / "t.txt"),
+                                      root=tmp_path / "data")
+    ids = data.open_tokens(folders["text"][1] / "train.bin")
+    assert list(ids[0:2]) == [tokenizer.special["</s>"], tokenizer.special["<s>"]]
+    assert tokenizer.begin == [tokenizer.special["<s>"]]

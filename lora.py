@@ -45,9 +45,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from bpe import BadInput, Tokenizer, cli, read_json, replace_file
-from model import (GPT, PRESETS, Attention, GPTConfig, KVCache, Linear, MLP, add_memory_flags, attend, fuse_qkv,
-                   hf_places, load_safetensors, memory_plan, meta_model, moment_bytes, newest_run, peak_memory,
-                   position_tables, preset, save_run, save_safetensors, setup_process, split_qkv, to_hf_config)
+from model import (GPT, PRESETS, Attention, GPTConfig, KVCache, Linear, MLP, add_memory_flags, attend, check_out,
+                   fuse_qkv, hf_places, load_safetensors, memory_plan, meta_model, moment_bytes, newest_run,
+                   peak_memory, position_tables, preset, save_run, save_safetensors, setup_process, split_qkv,
+                   start_run, to_hf_config)
 
 
 @dataclass
@@ -528,7 +529,8 @@ def apply(model, adapter, tokenizer=None, seed=0, ranks=None):
     params = dict(model.named_parameters())
     for name in trained_names(model):
         params[name].requires_grad_(True)
-        if not added(name):  # the base's own, which `disabled` puts back
+        if not added(name):  # the base's own, which `disabled` puts back; trained in float32, as what is added
+            params[name].data = params[name].data.float()
             model.initial[name] = params[name].detach().clone()
 
 
@@ -689,6 +691,10 @@ def restart(model, seed):
     for m in grafts(model):
         del m.base_weight
         m.on = True
+        if isinstance(m, LowRankEmbedding):
+            m.lora_A.zero_()
+            m.lora_B.copy_(torch.randn(m.lora_B.shape, generator=generator))
+            continue
         m.lora_A.copy_(torch.randn(m.lora_A.shape, generator=generator) * m.in_features ** -0.5)
         m.lora_B.zero_()
 
@@ -832,7 +838,7 @@ def from_peft(model, path):
             tensors[f"{ours}.{suffix}"] = rows_of_vocabulary(f"{ours}.{suffix}", part, c.padded_vocab)
             if suffix == "lora_A":
                 alpha = next((a for p, a in (config.get("alpha_pattern") or {}).items()
-                              if re.fullmatch(rf"(.*\.)?{p}", place)), adapter.alpha)
+                              if re.fullmatch(rf"(.*\.)?({p})", place)), adapter.alpha)
                 unit = rank_unit(adapter, first or len(t))
                 alphas[ours] = alpha / unit * rank_unit(adapter, len(t))
     if tune == "zeroinit":  # its first layers may be without: a gate of zero is the same
@@ -1025,10 +1031,14 @@ def merged(args):
     """An adapter's run as one plain model."""
     if not (Path(args.name) / "adapter_config.json").exists():
         raise BadInput(f"{args.name} holds no adapter_config.json: give the folder of an adapter")
-    model, tokenizer = plain(args.name), Tokenizer.from_pretrained(args.name)
     run = read_json(Path(args.name) / "run.json") if (Path(args.name) / "run.json").exists() else {}
+    for needed in (args.name, run.get("base") or read_json(Path(args.name) / "adapter_config.json").get(
+            "base_model_name_or_path")):
+        check_out(args.out, needed)
+    model, tokenizer = plain(args.name), Tokenizer.from_pretrained(args.name)
     kept = {k: v for k, v in run.items() if k not in ("config", "base", "base_print", "adapter")}
     kept = {"stage": "merge", "step": 0, "metrics": {}, "args": {}} | kept | {"tokenizer": tokenizer.spec()}
+    start_run(args.out)
     save_run(args.out, model, kept)
     tokenizer.save(args.out)
     print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, the adapter among them")
@@ -1037,8 +1047,11 @@ def merged(args):
 def imported(args):
     """A folder that PEFT wrote becomes a run: with --init as its base, if its own is not here."""
     base = args.init or read_json(Path(args.name) / "adapter_config.json").get("base_model_name_or_path")
+    for needed in (args.name, base):
+        check_out(args.out, needed)
     model, tokenizer = load(args.name, base=base), Tokenizer.from_pretrained(base)
     run = {"stage": "import", "step": 0, "metrics": {}, "args": {}, "tokenizer": tokenizer.spec()}
+    start_run(args.out)
     save(args.out, model, run, base)
     tokenizer.save(args.out)
     trained, total = trained_share(model)

@@ -308,14 +308,19 @@ def peft_places(c):
 
 
 def home(model):
-    """The folder that holds a model's config and tokenizer."""
-    return model.base.path if isinstance(model, Adapted) else model.path
+    """The folder that holds a model's weights, but for what an adapter adds."""
+    return home(model.base) if isinstance(model, Adapted) else model.path
 
 
-def read_config(model):
-    """(is it a run of ours?, run.json or config.json)."""
+def label(model):
+    """The folder with the chat template and the like of a model: a run's own, an adapter's too; else its home."""
+    return model.path if all((path / "run.json").exists() for path in (model.path, home(model))) else home(model)
+
+
+def read_config(model, folder=None):
+    """(is it a run of ours?, run.json or config.json of its home, or of that folder)."""
     ours = (home(model) / "run.json").exists()
-    file = home(model) / ("run.json" if ours else "config.json")
+    file = (folder or home(model)) / ("run.json" if ours else "config.json")
     try:
         return ours, json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -534,13 +539,17 @@ def stacked_config(models, layers):
 
 
 def open_all(args):
-    """(models, first the one whose folder and entries the merge has; entries; pieces of a tensor by name; config)."""
+    """
+    (models, first the one whose entries the merge has; the folder that labels it; entries; pieces of a tensor by name;
+    config).
+    """
     if args.method == "passthrough":
         models, stack, layers = open_stack(args.models)
         refuse_codes(models)
         check_alike(models, stacked=True)
         entries = {new: models[i].entries[name] for new, (i, name) in stack.items()}
-        return models, entries, lambda new: copied(models[stack[new][0]], stack[new][1]), stacked_config(models, layers)
+        pieces = lambda new: copied(models[stack[new][0]], stack[new][1])
+        return models, label(models[0]), entries, pieces, stacked_config(models, layers)
     (merge, density), args.t = METHODS[args.method], [parse_t(rule) for rule in args.t]
     args.density = density if args.density is None else args.density
     if args.method == "average":
@@ -561,7 +570,12 @@ def open_all(args):
     def pieces(name):
         floating = first.entries[name][0].is_floating_point
         return merge(name, models, args, deltas) if floating else copied(first, name)
-    return [first, *models], first.entries, pieces, read_config(first)[1]
+    ours, config = read_config(first)
+    if ours:  # what a run says of itself is the first one's that is named, what its weights are the base's
+        own = read_config(first, label(models[0]))[1]
+        own = {key: value for key, value in own.items() if key not in ("base", "base_print", "adapter")}
+        config = own | {"config": config["config"]}
+    return [first, *models], label(models[0]), first.entries, pieces, config
 
 
 def copied(model, name):
@@ -571,6 +585,10 @@ def copied(model, name):
 def check_args(args, models):
     if args.method == "lora" and not all(isinstance(m, Adapted) for m in models):
         raise BadInput("merge.py lora takes folders with an adapter_config.json; for whole models: task_arithmetic")
+    if args.method == "lora" and not args.base and len({m.base.path.resolve() for m in models}) > 1:
+        other = next(m for m in models if m.base.path.resolve() != models[0].base.path.resolve())
+        raise BadInput(f"{models[0].path} is an adapter of {models[0].base.path}, {other.path} of {other.base.path}: "
+                       f"give --base the model to add both to")
     if args.method == "slerp" and len(models) != 2:
         raise BadInput(f"slerp is an arc between two models, not {len(models)}: use linear for more")
     if args.weights and len(args.weights) != len(models):
@@ -647,14 +665,14 @@ def main():
     args = get_args()
     if args.ema is not None and not 0 <= args.ema < 1:
         raise BadInput(f"--ema {args.ema} is not a decay: give one from 0 up to, but not, 1")
-    models, entries, pieces, config = open_all(args)
+    models, folder, entries, pieces, config = open_all(args)
     ours = (home(models[0]) / "run.json").exists()
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     entries, pieces = as_dtype(entries, pieces, dtype)
 
     out = Path(args.out).resolve()
     lost = {out, out.with_name(out.name + ".old")}
-    if any(lost & {folder.resolve(), *folder.resolve().parents} for m in models for folder in (m.path, home(m))):
+    if any(lost & {path.resolve(), *path.resolve().parents} for m in models for path in (m.path, home(m))):
         raise BadInput(f"--out {args.out} would take the place of one of the models that are merged: give another "
                        f"folder")
     check_out(out)
@@ -669,7 +687,7 @@ def main():
             config |= {key: args.dtype for key in ("dtype", "torch_dtype")}
         with replace_file(new / ("run.json" if ours else "config.json"), "w") as f:
             json.dump(config, f, indent=1)
-        for file in home(models[0]).iterdir():  # the tokenizer and its like
+        for file in folder.iterdir():  # the tokenizer and its like
             keep = ("tokenizer.tiktoken",) if ours else ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
             if any(map(file.match, keep)) and not (new / file.name).exists() and not file.name.endswith("index.json"):
                 shutil.copy(file, new)

@@ -542,7 +542,7 @@ def upcycled(model, config, seed=0):
 def upcycle(args):
     """a dense run or model into one with experts, which computes the same"""
     from lora import plain
-    from model import GPTConfig, count_parameters, save_run
+    from model import GPTConfig, count_parameters, save_run, start_run
     path = Path(args.init) / "run.json"
     run = json.loads(path.read_text()) if path.exists() else {"args": {}}
     if run.get("quantize"):
@@ -557,6 +557,7 @@ def upcycle(args):
     given = {name: getattr(args, name) for name in names}
     new = upcycled(model, GPTConfig(**asdict(model.config) | given), args.seed)
     tokenizer = Tokenizer.from_pretrained(args.init)
+    start_run(args.out, args.init)
     save_run(args.out, new, {"stage": "upcycle", "step": 0, "metrics": {}, "args": run["args"],
                              "tokenizer": tokenizer.spec()})
     tokenizer.save(args.out)

@@ -49,7 +49,7 @@ def asked_cross_entropy(x, weight, targets, vocab_size, reduction="mean", softca
     """
     keep = (targets != -100).nonzero().squeeze(1)
     x, wanted = x[keep], targets[keep]
-    if not smooth:
+    if not smooth or not torch.is_grad_enabled():  # validation is in nats
         loss = linear_cross_entropy(x, weight, wanted, vocab_size, "none" if reduction == "none" else "sum", softcap)
     else:
         def rows(xi, ti):
@@ -98,13 +98,13 @@ def encode(where, row, tokenizer, args):
     """
     row = data.conversation(row, where, chat_format(tokenizer, args.template)[0])
     if "messages" not in row:
-        begin = [tokenizer.eot] if tokenizer.eot is not None else []
-        prompt = begin + tokenizer.encode(row.get("prompt", ""))
+        end = [tokenizer.eot] if tokenizer.eot is not None else []
+        prompt = tokenizer.begin + tokenizer.encode(row.get("prompt", ""))
         answer = tokenizer.encode(row.get("completion", row.get("text", "")), goes_on=bool(row.get("prompt")))
         if not answer:
             return "with an empty completion"
-        mask = [int(args.train_on_prompt)] * len(prompt) + [1] * (len(answer) + len(begin))
-        return np.array(prompt + answer + begin), np.array(mask)
+        mask = [int(args.train_on_prompt)] * len(prompt) + [1] * (len(answer) + len(end))
+        return np.array(prompt + answer + end), np.array(mask)
     turns = row["messages"]
     while turns and turns[-1].get("role") == "user":  # nobody answers
         turns = turns[:-1]
@@ -128,14 +128,16 @@ def shingles(ids, n=5):
 def near_duplicates(examples, threshold=0.8, bands=16, rows=4):
     """
     Indices of examples whose runs of five tokens agree with an earlier one's by a Jaccard index of `threshold` or more.
-    Candidates share a band of minhashes (Broder 1997), so that not every pair is compared.
+    Candidates share a band of minhashes (Broder 1997), so that not every pair is compared. Runs that more than a
+    twentieth of the examples have are a template's, and say nothing.
     """
     rng = np.random.default_rng(0)
     a, b = (rng.integers(1, 2 ** 31 - 1, (bands * rows, 1)) for _ in range(2))
-    seen, sets, found = {}, [], set()
-    for i, (ids, _) in enumerate(examples):
-        mine = shingles(ids.tolist())
-        sets.append(mine)
+    sets = [shingles(ids.tolist()) for ids, _ in examples]
+    shared, most = Counter(itertools.chain.from_iterable(sets)), max(2, len(examples) // 20)
+    sets = [{run for run in mine if shared[run] <= most} or mine for mine in sets]
+    seen, found = {}, set()
+    for i, mine in enumerate(sets):
         hashes = np.fromiter(mine, np.int64) & 0x7FFFFFFF
         signature = ((a * hashes + b) % (2 ** 31 - 1)).min(1).reshape(bands, rows)
         keys = [(band, *signature[band]) for band in range(bands)]
@@ -309,10 +311,10 @@ def answer(model, tokenizer, args, prompts, max_new_tokens, batch=128):
     """What the model says to conversations that end with a user's turn, greedily."""
     texts, T = [], model.context
     for i in range(0, len(prompts), batch):
-        ids = [render_chat(tokenizer, turns, args.template, args.system, generation=True)[0][-(T - 1):]
+        ids = [render_chat(tokenizer, turns, args.template, args.system, generation=True)[0]
                for turns in prompts[i:i + batch]]
-        room = min(max_new_tokens, T - max(map(len, ids)))
-        rows, _ = model.generate(ids, max(1, room), temperature=0, stop=chat_stops(tokenizer, args.template))
+        ids = [row[-max(T - max_new_tokens, T // 2):] for row in ids]
+        rows, _ = model.generate(ids, max_new_tokens, temperature=0, stop=chat_stops(tokenizer, args.template))
         texts += [tokenizer.decode(row) for row in rows]
     return texts
 
@@ -451,8 +453,8 @@ def classify(args, process, tokenizer, started, say):
     given = [f"--{name}" for name in NOT_TO_CLASSIFY if getattr(args, name) != usual[name]]
     if given or args.lr == "auto":
         raise BadInput(f"--task classify has no use for {', '.join(given or ['--lr auto'])}: leave it out")
-    if args.parallel != "ddp" or args.offload:
-        raise BadInput("--task classify runs with --parallel ddp, without --offload")
+    if args.parallel != "ddp" or args.offload or args.tune == "adalora":
+        raise BadInput("--task classify runs with --parallel ddp, without --offload, and with no --tune adalora")
     if set(args.data.split(",")) & set(data.CHATS):
         raise BadInput(f"--data {args.data}: --task classify reads files of labelled rows, see read_labelled")
     raw = data.chat_sets(args.data, None, args.val, args.limit)
@@ -484,7 +486,8 @@ def classify(args, process, tokenizer, started, say):
         loss = classifier_loss(model, *zip(*chosen), kind, args.aux)
         loss.backward()
         for p in params if process.world > 1 else ():
-            all_reduce(p.grad).div_(process.world)
+            if p.grad is not None:
+                all_reduce(p.grad).div_(process.world)
         norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = lr * lr_share(step, steps, args.warmup, args.schedule)
@@ -579,8 +582,11 @@ def get_args(argv=None):
     add("--log_every", type=int, default=10)
     args = parser.parse_args(argv)
     if args.resume:  # saved arguments become the defaults, so what is given again wins
-        parser.set_defaults(**{**load_optim(args.out)["args"], "resume": True})
+        saved = load_optim(args.out)["args"]
+        parser.set_defaults(**{**saved, "resume": True})
         args = parser.parse_args(argv)
+        if args.epochs != saved["epochs"] and args.steps == saved["steps"]:
+            args.steps = 0  # as many as the new epochs have
     return args
 
 
@@ -651,6 +657,9 @@ def split_rows(args, T, process):
     mixed = round(rows * args.mix_share)
     if not 0 <= mixed < rows:
         raise BadInput(f"--mix_share {args.mix_share} leaves none of {rows} rows to the conversations: use less")
+    if args.mix_share and not mixed:
+        raise BadInput(f"--mix_share {args.mix_share} of {rows} row(s) of {T} tokens a step and process is none: raise "
+                       f"--batch_tokens, or leave the pretraining text out with --mix none")
     limit = 65536 if process.device.type == "cuda" else 16384  # tokens that one forward pass may hold
     return rows * process.dp_world, mixed * process.dp_world, args.micro_batch or max(1, min(rows, limit // T))
 
@@ -728,6 +737,10 @@ def main():
     allocator = None
     if model.adapter is not None and model.adapter.tune == "adalora":
         allocator = lora.RankAllocator(model, model.adapter.lora_rank, args.steps, args.steps // 10, args.steps // 3)
+
+    def tuned_weights():
+        """What training changes; with --relora that is all, and its tensors are others after a restart."""
+        return model.state_dict() if args.relora else {name: sharded.parts[name] for name in trained}
 
     out, step, best, waited = Path(args.out), 0, None, 0
     if args.resume:
@@ -844,7 +857,7 @@ def main():
             say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()), flush=True)
             waited += 1
             if args.patience and (best is None or metrics["val_loss"] < best[0]["val_loss"]):
-                best, waited = (metrics, {name: sharded.parts[name].clone() for name in trained}), 0
+                best, waited = (metrics, {name: t.clone() for name, t in tuned_weights().items()}), 0
             clock = time.time()
             if args.patience and waited >= args.patience:
                 say(f"no better for {waited} validations: back to val_loss {best[0]['val_loss']:.4f}")
@@ -857,8 +870,8 @@ def main():
     if best is not None:
         metrics = best[0]
         with torch.no_grad():
-            for name, t in best[1].items():
-                sharded.parts[name].copy_(t)
+            for name, t in tuned_weights().items():
+                t.copy_(best[1][name])
     save(metrics)
     if stop and process.world == 1:
         say(f"stopped at step {step} and saved" + (f": python sft.py --resume --out {out} goes on from here"

@@ -7,7 +7,7 @@ import torch
 import lora
 from bpe import BadInput, Tokenizer
 from conftest import call
-from model import GPT, PRESETS, GPTConfig, init_weights, meta_model, preset, save_run
+from model import GPT, PRESETS, GPTConfig, init_weights, load_safetensors, meta_model, preset, save_run
 
 NANO = dict(n_layer=2, n_head=4, n_kv_head=2, n_embd=32, vocab_size=100, block_size=64)
 STYLES = {
@@ -65,6 +65,17 @@ def test_a_fresh_adapter_changes_nothing(style, tune):
     before = logits(model, idx())
     lora.apply(model, adapter(tune))
     torch.testing.assert_close(logits(model, idx()), before, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tune, flags", [("bitfit", {}), ("lora", {"train_embeddings": True})])
+def test_what_is_trained_of_a_bf16_base_is_float32(tune, flags):
+    model = make("gpt2").bfloat16()
+    model.compute_dtype = torch.bfloat16
+    before = logits(model, idx())
+    lora.apply(model, adapter(tune, **flags))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model.blocks[0].attn.q.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(logits(model, idx()).float(), before.float(), rtol=0.05, atol=0.05)
 
 
 def test_at_step_0_a_has_no_gradient_and_b_has_one():
@@ -200,13 +211,14 @@ def test_several_adapters_take_turns_on_one_base_and_add_up():
 
 def test_relora_puts_what_it_learned_into_the_weights_and_starts_anew():
     model = make()
-    lora.apply(model, adapter("lora", lora_targets="all"))
+    lora.apply(model, adapter("lora", lora_targets="all,wte"))
     shake(model)
     before = logits(model, idx())
     old = lora.grafts(model)[0].lora_A.clone()
     lora.restart(model, seed=7)
     assert (logits(model, idx()) - before).abs().max() < 1e-5 * before.abs().max()
-    assert all(m.lora_B.abs().max() == 0 for m in lora.grafts(model))
+    assert all((m.lora_A if isinstance(m, lora.LowRankEmbedding) else m.lora_B).abs().max() == 0
+               for m in lora.grafts(model))
     assert not torch.equal(lora.grafts(model)[0].lora_A, old)
 
 
@@ -413,6 +425,11 @@ def test_merge_writes_a_plain_model(base, tmp_path):
     assert plain.adapter is None
     torch.testing.assert_close(logits(plain, idx()), logits(model, idx()), rtol=1e-5, atol=1e-5)
     assert "holds no adapter_config.json" in run("merge", base, "--out", tmp_path / "x", check=2)
+    run("merge", tmp_path / "a", "--out", tmp_path / "plain")
+    assert (tmp_path / "plain.old" / "model.safetensors").exists()
+    for out in (base, tmp_path / "a"):
+        assert "take the place" in run("merge", tmp_path / "a", "--out", out, check=2)
+        assert "take the place" in run("import", tmp_path / "a", "--init", base, "--out", out, check=2)
 
 
 def test_count_lists_every_method(base):
@@ -521,6 +538,21 @@ def test_fused_modules_keep_their_own_scales(tmp_path):
     lora.save(tmp_path / "adapter", model, {}, tmp_path / "base")
     again = lora.load(tmp_path / "adapter")
     torch.testing.assert_close(logits(again, idx()), logits(model, idx()), atol=1e-5, rtol=1e-5)
+
+
+def test_an_alpha_pattern_may_name_alternatives(tmp_path):
+    model = make()
+    lora.apply(model, adapter("lora", lora_targets="q,v"))
+    shake(model)
+    save_run(tmp_path / "base", make(), {})
+    lora.save(tmp_path / "adapter", model, {}, tmp_path / "base")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    names = {key.split(".")[-3] for key in load_safetensors(tmp_path / "adapter" / "adapter_model.safetensors")}
+    config["alpha_pattern"] = {"|".join(sorted(names)): 3 * model.adapter.alpha}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    again = lora.load(tmp_path / "adapter")
+    for ours, theirs in zip(lora.grafts(model), lora.grafts(again)):
+        assert theirs.lora_scale == pytest.approx(3 * ours.lora_scale)
 
 
 @pytest.mark.parametrize("tune", ["prompt", "prefix"])

@@ -291,6 +291,42 @@ def test_adapters_are_merged_into_their_base_and_with_each_other(runs, tmp_path)
     assert all(torch.allclose(z[n], (base[n] + one.get(n, 0) + a[n]) / 2, atol=1e-5) for n in base)
 
 
+def tuned(runs, tmp_path, name, base, system, seed=0):
+    """An adapter of ours beside a base, tuned with a system text."""
+    model, tokenizer = lora.plain(base), Tokenizer.load(runs / "base")
+    tokenizer.chat = {"template": "chatml", "system": system}
+    lora.apply(model, lora.Adapter("lora", lora_rank=2), seed=seed)
+    noisy(torch.nn.ParameterList(p for p in model.parameters() if p.requires_grad), 0.1, seed)
+    lora.save(tmp_path / name, model, {"stage": "sft", "metrics": {}, "args": {}, "tokenizer": tokenizer.spec()}, base)
+    tokenizer.save(tmp_path / name)
+    return tokenizer.chat
+
+
+def test_a_merge_speaks_as_the_first_model_that_is_named(runs, tmp_path):
+    chat = tuned(runs, tmp_path, "one", runs / "base", "Be brief.")
+    tuned(runs, tmp_path, "two", runs / "base", "Be long.", seed=1)
+    merge("lora", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "x")
+    merge("ties", tmp_path / "one", tmp_path / "two", "--base", runs / "base", "--out", tmp_path / "y")
+    merge("linear", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "z")
+    for out in ("x", "y", "z"):
+        run = load_run(tmp_path / out)[1]
+        assert Tokenizer.from_pretrained(tmp_path / out).chat == chat and run["stage"] == "merge"
+        assert not run.keys() & {"base", "base_print", "adapter"}
+
+
+def test_adapters_on_adapters_and_of_different_bases(runs, tmp_path):
+    tuned(runs, tmp_path, "one", runs / "base", None)
+    tuned(runs, tmp_path, "nest", tmp_path / "one", None, seed=1)
+    merge("linear", tmp_path / "nest", tmp_path / "one", "--out", tmp_path / "x")
+    one, nest = (GPT.from_pretrained(tmp_path / name) for name in ("one", "nest"))
+    assert load_run(tmp_path / "x")[0](IDS)[0].shape == one(IDS)[0].shape
+    name, module = "blocks.0.attn.q.weight", nest.get_submodule("blocks.0.attn.q")
+    whole = tensors(tmp_path / "x")[name] * 2 - one.get_submodule("blocks.0.attn.q").effective()
+    assert torch.allclose(whole, module.effective(), atol=1e-5)
+    tuned(runs, tmp_path, "other", runs / "a", None, seed=2)
+    assert "--base" in merge("lora", tmp_path / "one", tmp_path / "other", "--out", tmp_path / "y", check=2)
+
+
 def test_an_adapter_that_names_what_transformers_would_is_merged_into_a_run(runs, tmp_path):
     """As lora.py saves it for a run that can be exported; GPT-2's q, k, v are one matrix there."""
     for preset, there, ours, fused in (("gpt2", "transformer.h.1.attn.c_attn", "attn.q attn.k attn.v", True),

@@ -410,6 +410,8 @@ def test_upcycling_keeps_the_function(runs, tmp_path, flags):
     assert Tokenizer.load(tmp_path / "up") == Tokenizer.load(runs / "dense")
     up.train()(ids(), ids(seed=1))[1].backward()
     assert all(m.router.weight.grad.abs().sum() > 0 for m in moe.layers(up))
+    refused = run("upcycle", "--init", runs / "dense", "--n_expert", 4, "--out", runs / "dense", check=2)
+    assert "take the place" in refused
 
 
 def test_inspect_counts_what_goes_where_and_draws_it(runs, tmp_path):

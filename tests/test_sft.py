@@ -136,6 +136,9 @@ def test_near_duplicates_are_found_without_comparing_all_pairs():
     texts = [rng.integers(0, 1000, 60) for _ in range(50)]
     texts += [np.r_[texts[7][:-1], 5], np.r_[texts[9], 3]]  # all but the same
     assert sft.near_duplicates([(ids, None) for ids in texts]) == {50, 51}
+    template = rng.integers(0, 1000, 400)  # which all have in front
+    assert sft.near_duplicates([(np.r_[template, ids], None) for ids in texts]) == {50, 51}
+    assert sft.near_duplicates([(texts[0], None)] * 40) == set(range(1, 40))
 
 
 # Rows
@@ -216,6 +219,9 @@ def test_label_smoothing_is_torchs_without_the_padding_rows():
     x, w, targets = torch.randn(20, 16), torch.randn(128, 16), torch.randint(0, 100, (20,))
     expected = F.cross_entropy((x @ w.T)[:, :100], targets, label_smoothing=0.1)
     torch.testing.assert_close(sft.asked_cross_entropy(x, w, targets, 100, smooth=0.1), expected)
+    with torch.no_grad():  # what validation asks
+        plain = F.cross_entropy((x @ w.T)[:, :100], targets)
+        torch.testing.assert_close(sft.asked_cross_entropy(x, w, targets, 100, smooth=0.1), plain)
 
 
 def test_neftune_scales_by_each_conversations_own_length():
@@ -293,14 +299,44 @@ def test_micro_batches_and_padding_do_not_change_a_step(base, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)
 
 
-def test_patience_keeps_the_best_weights(base, tmp_path):
+def held_out_loss(run, rows):
+    """Nats a token of the saved model on the rows that training held out."""
+    model, tokenizer = GPT.from_pretrained(run), Tokenizer.load(run)
+    raw = data.chat_sets(str(rows), None, 0.05)
+    val = sft.read_examples(raw[str(rows)]["val"], tokenizer, flags("--data", rows), 60, Counter())
+    model.loss, total, count = sft.asked_cross_entropy, 0.0, 0
+    with torch.no_grad():
+        for batch in sft.micro_batches(val, [[i] for i in range(len(val))], 1, 60, False, "cpu"):
+            total += model(**batch, reduction="sum")[1].item()
+            count += (batch["targets"] != -100).sum().item()
+    return total / count
+
+
+def test_a_long_prompt_takes_nothing_from_the_answers_beside_it(base, tokenizer):
+    model, ask = GPT.from_pretrained(base), lambda text: [{"role": "user", "content": text}]
+    short = [ask("who sat?"), ask("where?")]
+    expected = sft.answer(model, tokenizer, flags(), short, 12)
+    assert sft.answer(model, tokenizer, flags(), [*short, ask("the cat sat on the mat. " * 40)], 12)[:2] == expected
+
+
+def test_rows_begin_and_end_as_documents_of_the_pretraining_text(tokenizer):
+    special = {name: tokenizer.n_vocab + i for i, name in enumerate(("<s>", "</s>"))}
+    llama = Tokenizer(tokenizer.kind, tokenizer.ranks, tokenizer.patterns, special, tokenizer.normal)
+    ids, mask = sft.encode("f", {"prompt": "the cat", "completion": " sat"}, llama, flags())
+    assert ids[0] == special["<s>"] and ids[-1] == special["</s>"] and llama.decode(ids[1:-1]) == "the cat sat"
+    assert mask[0] == 0 and mask[-1] == 1 and tokenizer.begin == [tokenizer.eot]
+
+
+@pytest.mark.parametrize("method", ([], ["--lora_rank", 8, "--lora_targets", "all,wte", "--relora", 4]))
+def test_patience_keeps_the_best_weights(base, tmp_path, method):
     rows = rows_file(tmp_path / "rows.jsonl", CHATS * 5)
     metrics, text = tune("--init", base, "--data", rows, "--dedup", "none", "--steps", 60, "--batch_tokens", 256,
                          "--lr", 0.2, "--schedule", "constant", "--warmup", 0, "--grad_clip", 0, "--eval_every", 5,
-                         "--patience", 2, "--out", tmp_path / "out", "--eval_answers", 0)
+                         "--patience", 2, "--out", tmp_path / "out", "--eval_answers", 0, *method)
     seen = [float(line.split("val_loss ")[1].split()[0]) for line in text.splitlines()
             if line.startswith("step ") and "val_loss" in line]
     assert "no better for 2 validations" in text and metrics["val_loss"] == pytest.approx(min(seen[1:]), abs=1e-4)
+    assert held_out_loss(tmp_path / "out", rows) == pytest.approx(metrics["val_loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ("lora", "adalora", "prefix", "serial"))
@@ -310,17 +346,7 @@ def test_an_adapters_run_is_small_and_answers_like_the_tuned_model(base, tmp_pat
                       "--tune", method, "--virtual_tokens", 4, "--out", tmp_path / "out", "--lr", 1e-2,
                       "--eval_answers", 4)
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    model = GPT.from_pretrained(tmp_path / "out")
-    saved = Tokenizer.load(tmp_path / "out")
-    args = flags("--data", rows)
-    raw = data.chat_sets(str(rows), None, 0.05)
-    val = sft.read_examples(raw[str(rows)]["val"], saved, args, 60, Counter())
-    model.loss, total, count = sft.asked_cross_entropy, 0.0, 0
-    with torch.no_grad():
-        for batch in sft.micro_batches(val, [[i] for i in range(len(val))], 1, 60, False, "cpu"):
-            total += model(**batch, reduction="sum")[1].item()
-            count += (batch["targets"] != -100).sum().item()
-    assert total / count == pytest.approx(metrics["val_loss"], rel=1e-3)
+    assert held_out_loss(tmp_path / "out", rows) == pytest.approx(metrics["val_loss"], rel=1e-3)
 
 
 def test_relora_saves_a_whole_model(base, tmp_path):
@@ -482,6 +508,7 @@ def test_an_answer_is_right_letter_by_letter_or_by_its_number():
     (json.dumps(CHATS[0]) + "\n", ["--batch_tokens", 10], "--batch_tokens 10"),
     (json.dumps(CHATS[0]) + "\n", ["--quantize", "nf4", "--tune", "full"], "--quantize nf4"),
     (json.dumps(CHATS[0]) + "\n", ["--relora", 5], "--relora"),
+    (json.dumps(CHATS[0]) + "\n", ["--mix", "bios", "--batch_tokens", 64], "--mix_share"),
     (json.dumps(CHATS[0]) + "\n", ["--template", "llama2"], "--template llama2"),
     (json.dumps(CHATS[0]) + "\n", ["--lora_targets", "query", "--lora_rank", 4], "query"),
     (json.dumps(CHATS[0]) + "\n", ["--data", "nowhere.jsonl"], "nowhere.jsonl"),

@@ -344,11 +344,14 @@ class Float8Product(torch.autograd.Function):
 
 
 def use_float8(model):
-    """Multiply in 8 bits, while training, in every Linear of the blocks; widths must be multiples of 16."""
+    """
+    Multiply in 8 bits, while training, in every Linear of the blocks but experts', whose rows are few and ragged; widths
+    must be multiples of 16.
+    """
     if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (8, 9):
         raise BadInput("--fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper): leave it out here")
-    for m in model.blocks.modules():
-        if isinstance(m, Linear):
+    for name, m in model.blocks.named_modules():
+        if isinstance(m, Linear) and ".experts." not in name:
             m.fp8 = m.in_features % 16 == m.out_features % 16 == 0
 
 

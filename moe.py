@@ -139,8 +139,9 @@ def within_capacity(experts, n_expert, capacity):
     Which assignments find room where each expert takes `capacity` of them, (N, k) bool. Room is given in the order of
     the tokens, so that a later token takes none from an earlier one; GShard gives it to all first choices first.
     """
-    taken = F.one_hot(experts.flatten(), n_expert)
-    return (taken.cumsum(0) * taken).sum(-1).view_as(experts) <= capacity
+    _, inverse, counts = sort_order(experts.flatten(), n_expert)
+    first = (counts.cumsum(0) - counts)[experts.flatten()]  # of each expert's places among all that are sorted
+    return (inverse - first < capacity).view_as(experts)
 
 
 # -----------------------------------------------------------------------------
@@ -342,6 +343,8 @@ class MoE(nn.Module):
             self.penalty = c.router_z_loss * router_z_loss(logits)
             if c.router not in BALANCED:
                 self.penalty = self.penalty + c.aux_loss * load_balancing_loss(probs, load)
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+                self.penalty = None  # --recompute, in the backward pass: the loss has it already, let go of the graph
         with torch.no_grad():
             entropy = -(probs * probs.clamp(min=1e-20).log()).sum()
             self.tally += torch.cat((load, torch.stack((dropped.float(), entropy, entropy.new_full((), len(probs))))))

@@ -74,9 +74,9 @@ def pack(codes, bits):
     codes = codes.to(torch.uint8)
     if bits == 4 and codes.shape[1] % 2 == 0:
         return codes[:, ::2] << 4 | codes[:, 1::2]
-    stream = (codes[..., None] >> torch.arange(bits - 1, -1, -1, device=codes.device)).flatten(1) & 1
+    stream = (codes[..., None] >> places(bits, codes.device)).flatten(1) & 1
     stream = F.pad(stream, (0, -stream.shape[1] % 8)).view(len(codes), -1, 8)
-    return (stream << torch.arange(7, -1, -1, device=codes.device)).sum(-1).to(torch.uint8)
+    return (stream << places(8, codes.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack(packed, bits, width):
@@ -85,9 +85,14 @@ def unpack(packed, bits, width):
         return (packed.to(torch.int16) + 128).to(torch.uint8)
     if bits == 4 and width % 2 == 0:
         return torch.stack((packed >> 4, packed & 15), -1).flatten(1)
-    stream = (packed[..., None] >> torch.arange(7, -1, -1, device=packed.device)).flatten(1) & 1
+    stream = (packed[..., None] >> places(8, packed.device)).flatten(1) & 1
     stream = stream[:, :width * bits].view(len(packed), width, bits)
-    return (stream << torch.arange(bits - 1, -1, -1, device=packed.device)).sum(-1).to(torch.uint8)
+    return (stream << places(bits, packed.device)).sum(-1, dtype=torch.uint8)
+
+
+def places(bits, device):
+    """What the bits of a code are shifted by, the first one first; in bytes, so that nothing becomes an int64."""
+    return torch.arange(bits - 1, -1, -1, dtype=torch.uint8, device=device)
 
 
 def grouped(w, group):
@@ -277,6 +282,15 @@ def fp8(w, bits=8, group=0):
 # Methods that know what passes through the layer: x (n, K), as statistics that observe() gathers
 
 
+def awake(h):
+    """
+    The Hessian h (K, K) where inputs that were always 0 count as much as the mean does: an expert that few tokens meet
+    has such, and their weights are to be rounded like others, not left to the errors of the rest.
+    """
+    mean = h.diagonal().mean()
+    return h + torch.diag((h.diagonal() == 0) * torch.where(mean > 0, mean, 1))
+
+
 def gptq(w, bits, group, hessian, act_order=False, damp=0.01, block=128, grid="zeropoint"):
     """
     GPTQ: columns are rounded one after the other, and those still to come take up the error,
@@ -288,10 +302,7 @@ def gptq(w, bits, group, hessian, act_order=False, damp=0.01, block=128, grid="z
     reached, from weights as they are then; a block of columns passes its errors on at once. act_order: columns with a
     large H_ii first, and every group's scale and zero before the start.
     """
-    w, h, K = w.clone(), hessian.double(), w.shape[1]
-    dead = h.diagonal() == 0  # inputs that are always 0
-    h = h + torch.diag(dead.double())
-    w[:, dead] = 0
+    w, h, K = w.clone(), awake(hessian.double()), w.shape[1]
     size = K if group <= 0 else group
     groups = grouped(w, group)
     scale, zero = (torch.as_tensor(t).to(w).expand(*groups.shape[:2], 1)[..., 0].expand(len(w), -1).clone()
@@ -333,7 +344,7 @@ def awq(w, bits, group, hessian, mean_abs, steps=20, cuts=10):
         scale, zero = fit(groups * cut, bits, "zeropoint", group <= 0)
         return encode(groups, scale, zero, bits), scale, zero
 
-    best = math.inf
+    best, hessian = math.inf, awake(hessian)
     for i in range(steps):
         s = mean_abs.clamp(min=1e-8).pow(i / steps).clamp(min=1e-4)
         s = s / (s.max() * s.min()).sqrt()
@@ -608,6 +619,8 @@ class QuantLinear(nn.Module):
 
     def product(self, x):
         """x Ŵᵀ + b: few rows by a kernel that reads the codes, many by the dequantized matrix, in x's dtype."""
+        if not x.numel():  # an expert that nobody asks
+            return x.new_zeros(*x.shape[:-1], self.out_features)
         few, flat = x.numel() <= VECTORS * self.in_features, x.reshape(-1, self.in_features)
         if few and x.is_cuda and triton is not None and self.stored() is not None:
             return vector_product(flat, self).view(*x.shape[:-1], -1)
@@ -764,34 +777,61 @@ def entering(model, l, batches, streams):
     return seen
 
 
-def observe(model, name, batches, streams=None):
+def passes(order):
     """
-    What the Linear `name` reads while the model runs the ids of `batches`: hessian 2 X Xᵀ / n (K, K), mean_abs and
-    max_abs (K,), and outliers, the share of |x| ≥ 6. streams: what enters its block, for each batch, where known.
+    The stages that one pass over the texts can observe, since none reads what another gives: the experts' of a layer,
+    their first matrices and their last.
     """
-    module, n = model.get_submodule(name), 0
-    K, device = module.in_features, model.device
-    hessian, total, largest = (torch.zeros(shape, device=device) for shape in ((K, K), K, K))
-    outliers = torch.zeros((), device=device)
+    found = {}
+    for names in order:
+        found.setdefault(re.sub(r"(?<=\.experts\.)\d+", "", names[0]), []).append(names)
+    return list(found.values())
 
-    def hook(module, inputs):
-        nonlocal n
-        x = inputs[0].detach().reshape(-1, K).float()
-        hessian.addmm_(x.T, x, alpha=2)
-        total.add_(x.abs().sum(0))
-        torch.maximum(largest, x.abs().amax(0), out=largest)
-        outliers.add_((x.abs() >= OUTLIER).sum())
-        n += len(x)
-        if model.config.share == 1:  # nothing after it matters
-            raise Enough
-    handle = module.register_forward_pre_hook(hook)
+
+def observe(model, names, batches, streams=None, hessians=True):
+    """
+    What Linears of one block read while the model runs the ids of `batches`: name -> hessian 2 X Xᵀ / n (K, K),
+    mean_abs and max_abs (K,), and outliers, the share of |x| ≥ 6. streams: what enters the block, for each batch, where
+    known.
+    """
+    alone, device, l = model.config.share == 1, model.device, block_of(names[0])
+    found, count, waiting = {}, dict.fromkeys(names, 0), set()
+
+    def watch(name, module):
+        K = module.in_features
+        found[name] = seen = {part: torch.zeros(shape, device=device) for part, shape in (
+            ("hessian", (K, K) if hessians else ()), ("mean_abs", K), ("max_abs", K), ("outliers", ()))}
+
+        def hook(module, inputs):
+            x = inputs[0].detach().reshape(-1, K).float()
+            if hessians:
+                seen["hessian"].addmm_(x.T, x, alpha=2)
+            seen["mean_abs"] += x.abs().sum(0)
+            seen["max_abs"] = x.abs().amax(0).maximum(seen["max_abs"]) if len(x) else seen["max_abs"]
+            seen["outliers"] += (x.abs() >= OUTLIER).float().mean(1).sum()
+            count[name] += len(x)
+            waiting.discard(name)
+            if alone and not waiting:  # nothing after it matters
+                raise Enough
+        return module.register_forward_pre_hook(hook)
+
+    def end(block, inputs, x):
+        raise Enough  # experts that no token of this batch chose were waited for
+    handles = [watch(name, model.get_submodule(name)) for name in names]
+    handles += [model.blocks[l].register_forward_hook(end)] if alone else []
     for idx, x in zip(batches, streams or [None] * len(batches)):
-        run_from(model, block_of(name), idx, x)
-    handle.remove()
-    if not n:  # an expert that no token chose: round to nearest
-        return {"hessian": torch.eye(K, device=device), "mean_abs": torch.ones(K, device=device),
-                "max_abs": torch.ones(K, device=device), "outliers": outliers}
-    return {"hessian": hessian / n, "mean_abs": total / n, "max_abs": largest, "outliers": outliers / (n * K)}
+        waiting |= {*names}
+        run_from(model, l, idx, x)
+    for handle in handles:
+        handle.remove()
+    for name, seen in found.items():
+        for part in ("hessian", "mean_abs", "outliers"):
+            seen[part] /= max(1, count[name])
+        if not count[name]:  # an expert that no token chose: round to nearest
+            K = len(seen["mean_abs"])
+            seen |= {"hessian": torch.eye(K, device=device), "mean_abs": torch.ones(K, device=device),
+                     "max_abs": torch.ones(K, device=device)}
+    return found
 
 
 @torch.no_grad()
@@ -820,16 +860,16 @@ def quantize_model(model, method, bits, group, batches=(), embeddings=0, rank=0,
     """
     model.eval()
     order = stages(model, batches[0]) if method in NEEDS else [[name] for name in linears(model)]
-    streams, at = [None] * len(batches), -1
-    for names in order:
-        while method in NEEDS and model.config.share == 1 and at < block_of(names[0]):
+    needs, streams, at = NEEDS.get(method, ()), [None] * len(batches), -1
+    for together in passes(order):
+        while needs and model.config.share == 1 and at < block_of(together[0][0]):
             at += 1
             streams = entering(model, at, batches, streams)
-        seen = observe(model, names[0], batches, streams) if method in NEEDS else {}
-        for name in names:
+        seen = observe(model, [names[0] for names in together], batches, streams, "hessian" in needs) if needs else {}
+        for first, name in ((names[0], name) for names in together for name in names):
             linear = model.get_submodule(name)
             try:
-                known = {k: seen[k] for k in NEEDS.get(method, ())}
+                known = {k: seen[first][k] for k in needs}
                 q = quantize(linear.weight, method, bits, group, **options, **known)
             except BadInput as error:
                 raise BadInput(f"{name}: {error}") from None
@@ -913,16 +953,17 @@ def read_ids(init, run, tokenizer, args):
     for split, path, want in (("train", args.calibration, 32 * args.calibration_tokens),
                               ("val", args.text, args.eval_tokens)):
         if path is None and found:
-            limit = {name: max(2, round(want * weight)) + 1 for name, (weight, _) in found.items()}
+            limit = {name: max(2, round(want * weight)) + 1 if want else None for name, (weight, _) in found.items()}
             ids[split] = [(name, np.asarray(data.open_tokens(folder / f"{split}.bin")[:limit[name]]).astype(np.int64))
                           for name, (_, folder) in found.items()]
             continue
         row, files = [], [Path(path)] if path else list(stdlib.files(split))
         for piece, starts in (p for file in files for p in text_files.read(file)):
             row += (start if starts else []) + list(tokenizer.encode(text_files.clean(piece)))
-            if len(row) > want:
+            if 0 < want < len(row):
                 break
-        ids[split] = [(Path(path).name if path else "stdlib", np.array(row[:want + 1], dtype=np.int64))]
+        row = row[:want + 1] if want else row
+        ids[split] = [(Path(path).name if path else "stdlib", np.array(row, dtype=np.int64))]
     return ids
 
 
@@ -942,6 +983,10 @@ def calibration_batches(texts, T, tokens, seed, device, rows=8):
 def perplexity(model, texts, window, stride):
     """exp(nats / tokens) over all texts; every token but the first of a text is predicted once."""
     import evaluate
+    T = window or model.context
+    if not 0 < (stride or T) <= T <= model.context:
+        raise BadInput(f"--window {T} and --stride {stride}: the stride must be at most the window, which must be at "
+                       f"most the model's context of {model.context}")
     nats, count = 0.0, 0
     for name, ids in texts:
         if len(ids) < 2:
@@ -1020,10 +1065,15 @@ OWN = {"llm_int8": (8, 0), "smoothquant": (8, 0), "fp8": (8, 0), "nf4": (4, 64),
 
 
 def parse_row(text, args):
-    """'gptq:3:64' -> (gptq, 3, 64); what is left out is the method's own, or --bits and --group."""
+    """
+    'gptq:3:64' -> (gptq, 3, 64); what is left out is --bits and --group, or the method's own, which where it has no
+    other is its own in a table whatever the flags say.
+    """
     method, *numbers = text.split(":")
     bits, group = OWN.get(method, (4, 128))
-    bits, group = args.bits or bits, group if args.group is None else args.group
+    named = args.method == method  # then its refusal of a flag is right
+    bits = args.bits if args.bits and (named or method not in OWN) else bits
+    group = args.group if args.group is not None and (named or method in LEVELS or method not in OWN) else group
     try:
         bits, group, *more = [*map(int, numbers), *(bits, group)[len(numbers):]]
     except ValueError:
@@ -1218,12 +1268,16 @@ def bandwidth(device):
 
 
 def bytes_read(model, cache):
-    """Bytes that one step of one row reads at least: every weight but an embedding that is no head, and the cache."""
+    """
+    Bytes that one step of one row reads at least: every weight but an embedding that is no head, of experts those that
+    a token meets; and the cache.
+    """
+    from moe import active_share
     c = model.config
     size = 2 * c.n_layer * c.n_kv_head * c.head_dim * cache * torch.empty((), dtype=model.compute_dtype).element_size()
     for name, t in model.state_dict().items():
         if not name.startswith("wpe") and not (name.startswith("wte") and model.head is not None):
-            size += t.numel() * t.element_size()
+            size += round(t.numel() * t.element_size() * (active_share(c) if ".experts." in name else 1))
     return size
 
 
@@ -1249,7 +1303,8 @@ def bench(args, device):
     models = {name: variant(name) for name in names}
     x = torch.randn(1, whole.config.n_embd, device=device)
     for name in names[-2:]:
-        linear = models[name].blocks[0].mlp.up
+        linear = next(m for place, m in models[name].named_modules() if place.endswith("mlp.up") or ".experts." in place
+                      and place.endswith(".up"))
         exact = F.linear(x, linear.weight.float(), None if linear.bias is None else linear.bias.float())
         off = ((linear(x.to(models[name].compute_dtype)) - exact).norm() / exact.norm()).item()
         if not off < 0.02:
@@ -1294,7 +1349,7 @@ def get_args(argv=None):
     add("--calibration", help="text file to calibrate with (default: the run's training data, or Python's source)")
     add("--calibration_tokens", type=int, default=16384)
     add("--text", help="text file for the perplexity (default: the run's validation data, or Python's source)")
-    add("--eval_tokens", type=int, default=32768, help="of that text")
+    add("--eval_tokens", type=int, default=32768, help="of that text; 0: all of it")
     add("--window", type=int, default=0, help="tokens that perplexity reads at once; 0: the model's context")
     add("--stride", type=int, default=0, help="tokens from one window to the next; 0: the window, no overlap")
     add("--table", action="store_true", help="size, perplexity, speed and memory of --rows")
@@ -1329,11 +1384,15 @@ def main():
     if args.measure:
         return measure(args)
     device = setup_process(args.device).device
+    if min(args.steps, args.rounds, args.seed + 1) < 1:
+        raise BadInput("--steps and --rounds need 1 or more, --seed 0 or more")
     if args.bench:
         return print(json.dumps(bench(args, device)))
     inits = args.init or [newest_float()]
     if args.rank < 0 or args.stride < 0 or args.window < 0:
         raise BadInput("--rank, --window and --stride cannot be negative: leave them out, or give 0 or more")
+    if len(inits) > 1 and (args.method or not args.table):
+        raise BadInput("--init names several runs: that is for --table, --method makes one")
     if args.embeddings and not 2 <= args.embeddings <= 8:
         raise BadInput(f"--embeddings {args.embeddings} is out of range: give 2 to 8, or 0 to leave them alone")
     metrics = {}
@@ -1341,8 +1400,6 @@ def main():
         rows = table(inits, args, device)
         metrics["table"] = rows
     if args.method or not args.table:
-        if len(inits) > 1:
-            raise BadInput("--init names several runs: that is for --table, --method makes one")
         there = Path(args.out) / "run.json"
         if there.exists() and not read_json(there).get("quantize"):
             raise BadInput(f"--out {args.out} holds a run that is not quantized, and is not overwritten: give another")

@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import lora
+import moe
 from bpe import CHAT_TEMPLATES, BadInput, Tokenizer, chat_end, chat_format, chat_stops, cli, render_chat, replace_file
 from model import (PARALLEL, AdamW8bit, adamw_groups, all_reduce, cap, check_out, linear_cross_entropy, load_run,
                    peak_memory, save_run, setup_process, shard, start_run)
@@ -825,6 +826,8 @@ def main():
         norm = sharded.reduce(args.grad_clip or math.inf)
         optimizer.step()
         sharded.publish()
+        if model.config.n_expert and model.adapter is None:
+            moe.balance(model)
         if allocator:
             allocator.step(step)
         optimizer.zero_grad(set_to_none=True)

@@ -319,6 +319,14 @@ def test_stats_count_what_was_routed():
     assert not moe.layers(model)[0].tally.any()
 
 
+@pytest.mark.parametrize("recompute", ["block", "selective"])
+def test_recomputation_keeps_no_graph_of_the_penalties(recompute):
+    model = build().train()
+    M.shard(model, M.Process(torch.device("cpu")), argparse.Namespace(recompute=recompute))
+    model(ids(), ids(seed=1))[1].backward()
+    assert all(m.penalty is None for m in moe.layers(model))
+
+
 def test_recomputed_blocks_give_the_same_gradients():
     grads = []
     for recompute in ("none", "block", "selective"):

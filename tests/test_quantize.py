@@ -341,18 +341,57 @@ def test_each_layer_is_calibrated_on_what_the_quantized_layers_before_it_give(la
     assert set(every) == set(Q.linears(model)) and sorted(every, key=Q.block_of) == every
     quantized = copy.deepcopy(model)
     Q.quantize_model(quantized, "gptq", 2, 32, [ids(seed=2)])
-    before = Q.observe(model, later, [ids(seed=2)])["hessian"]
+    before = Q.observe(model, [later], [ids(seed=2)])[later]["hessian"]
     half = copy.deepcopy(quantized)  # all but the last as they were when it was calibrated
     half.set_submodule(later, model.get_submodule(later))
-    seen = Q.observe(half, later, [ids(seed=2)])["hessian"]
+    seen = Q.observe(half, [later], [ids(seed=2)])[later]["hessian"]
     assert relative(seen, before) > 0.05
     expected = Q.quantize(model.get_submodule(later).weight, "gptq", 2, 32, hessian=seen)
     assert torch.equal(quantized.get_submodule(later).codes, expected.parts["codes"])
 
 
+def test_the_experts_of_a_layer_are_observed_in_one_pass_that_ends_with_the_layer():
+    model, batches = small(n_layer=3, n_expert=8), [ids(1, 2, seed=s) for s in range(3)]  # 4 experts a batch at most
+    ups = [f"blocks.1.mlp.experts.{e}.up" for e in range(8)]
+    assert ups in [[names[0] for names in together] for together in Q.passes([[name] for name in Q.linears(model)])]
+    calls = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, x: calls.append(block), prepend=True)
+    seen = Q.observe(model, ups, batches)
+    assert calls.count(model.blocks[1]) <= 3 and not calls.count(model.blocks[2])
+    cold = [name for name in ups if torch.equal(seen[name]["hessian"], torch.eye(64))]
+    for name in set(ups) - set(cold):
+        alone = Q.observe(model, [name], batches)[name]
+        assert all(torch.equal(alone[part], seen[name][part]) for part in alone)
+    assert sum(seen[name]["outliers"].isfinite().item() for name in ups) == 8
+
+
+@pytest.mark.parametrize("method, tokens", [("gptq", 1), ("awq", 1), ("gptq", 4), ("awq", 4)])
+def test_weights_whose_inputs_happened_to_be_zero_are_rounded_not_lost(method, tokens):
+    w, x, new = normal(64, 256, std=0.02), normal(tokens, 256, seed=1).relu().square(), normal(2000, 256, seed=2)
+    new = new.relu().square()
+    seen = statistics_of(x)
+    known = {name: seen[name] for name in Q.NEEDS[method]}
+    rounded = output_error(w, Q.quantize(w, "zeropoint", 4, 128), new)
+    assert output_error(w, Q.quantize(w, method, 4, 128, **known), new) < 1.4 * rounded
+
+
+def test_an_expert_that_nobody_asks_gives_nothing():
+    q = Q.QuantLinear(Q.quantize(normal(8, 64), "zeropoint", 4, 32))
+    assert q(torch.zeros(0, 64)).shape == (0, 8) and q(torch.zeros(0, 64, requires_grad=True)).shape == (0, 8)
+
+
+def test_methods_of_one_size_ignore_what_the_table_says_of_others():
+    args = lambda *flags: Q.get_args([*map(str, flags)])
+    assert Q.parse_row("llm_int8", args("--table", "--group", 32, "--bits", 3)) == ("llm_int8", 8, 0)
+    assert Q.parse_row("nf4", args("--group", 32, "--bits", 3)) == ("nf4", 4, 32)
+    assert Q.parse_row("gptq", args("--group", 32, "--bits", 3)) == ("gptq", 3, 32)
+    assert Q.parse_row("llm_int8", args("--method", "llm_int8", "--bits", 3)) == ("llm_int8", 3, 0)  # then refused
+
+
 def test_what_a_layer_reads_is_counted_once_a_token():
     model = small()
-    seen = Q.observe(model, "blocks.0.attn.q", [ids(), ids(seed=3)])
+    seen = Q.observe(model, ["blocks.0.attn.q"], [ids(), ids(seed=3)])["blocks.0.attn.q"]
     x = model.blocks[0].norm1(model.embed(torch.cat((ids(), ids(seed=3))), torch.arange(32))).flatten(0, 1)
     for name, value in statistics_of(x).items():
         torch.testing.assert_close(seen[name], value, rtol=1e-4, atol=1e-4)
@@ -496,7 +535,8 @@ def test_a_number_is_shown_in_every_format():
     (["--method", "gptq", "--bits", 1], "--bits 1"), (["--method", "nothing"], "nothing"),
     (["--method", "gptq", "--group", 48], "--group 48"), (["--method", "nf4", "--bits", 3], "nf4"),
     (["--method", "llm_int8", "--bits", 4], "llm_int8"), (["--method", "zeropoint", "--embeddings", 1], "--embeddings"),
-    (["--table", "--rows", "gptq:four"], "--rows"), (["--method", "gptq", "--init", "nowhere"], "nowhere"),
+    (["--table", "--rows", "gptq:four"], "--rows"), (["--method", "zeropoint", "--stride", 100], "--stride 100"),
+    (["--bench", "gpt2", "--steps", 0], "--steps"), (["--method", "gptq", "--init", "nowhere"], "nowhere"),
     (["--show", "nan"], "--show"), (["--method", "awq", "--calibration", "missing.txt"], "missing.txt")])
 def test_bad_input_is_one_sentence_and_status_two(folder, tmp_path, args, words):
     _, err = run(folder, "--out", tmp_path / "no", *args, check=2)

@@ -345,8 +345,8 @@ class Float8Product(torch.autograd.Function):
 
 def use_float8(model):
     """
-    Multiply in 8 bits, while training, in every Linear of the blocks but experts', whose rows are few and ragged; widths
-    must be multiples of 16.
+    Multiply in 8 bits, while training, in every Linear of the blocks but experts', whose rows are few and ragged;
+    widths must be multiples of 16.
     """
     if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (8, 9):
         raise BadInput("--fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper): leave it out here")
@@ -1917,7 +1917,11 @@ class GPT(nn.Module):
                         d.seeds[new] = torch.tensor([seeds[owner[s]] for s in new], device=self.device)
                         d.drawn[new] = 0
                     which = slice(None) if len(fresh) == n else torch.tensor(fresh, device=self.device)
+                    full = [s for s in fresh if held[s]]  # penalties count what no longer fits, too
+                    seen = d.seen[full] if full and d.seen is not None else None
                     d.prefill(rows, None if len(fresh) == n else which)
+                    if seen is not None:
+                        d.seen[full] = seen
                     d.choose(which, pick and pick(d.logits[which], [ids[owner[s]] for s in fresh]))
                     for s, row in zip(fresh, rows):
                         held[s] = len(row)
@@ -1950,9 +1954,14 @@ class GPT(nn.Module):
         finally:  # also where the caller stops listening
             self.train(training)
 
+    def wiring(self):
+        """What a recorded graph has kept of the model: where its tensors lie, and which adapters are switched on."""
+        return (*(t.data_ptr() for t in itertools.chain(self.parameters(), self.buffers())),
+                *(m.on for m in self.modules() if hasattr(m, "on")))
+
     def decoder(self, batch, size, sampling, compile):
         """The Decoder of this shape; on CUDA the last one is kept, because recording its graph takes a while."""
-        key = (batch, size, sampling, compile, self.device, self.compute_dtype)
+        key = (batch, size, sampling, compile, self.device, self.compute_dtype, self.wiring())
         if self._decoder is None or self._decoder[0] != key or self.device.type != "cuda":
             self._decoder = None  # free the old cache first
             self._decoder = key, Decoder(self, batch, size, sampling, compile)

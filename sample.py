@@ -42,7 +42,7 @@ import torch.nn.functional as F
 
 from bpe import (BadInput, StreamDecoder, Tokenizer, chat_stops, cli, read_json, read_pieces, render_chat,
                  replace_file)
-from data import number, read_rows, reading, share
+from data import number, read_rows, reading, reads_texts, share
 from model import (GPT, Decoder, KVCache, Linear, Sampling, continuations, invert, kv_cache_bytes, linear_cross_entropy,
                    load_safetensors, newest_run, pad, process_logits, save_safetensors, setup_process, uniform)
 
@@ -92,6 +92,8 @@ def beam_search(model, prompts, max_new_tokens, beams=4, stop=(), length_penalty
     """
     K, V, B, stop = beams, model.config.vocab_size, len(prompts), set(stop)
     cache, new, x = prefill(model, prompts, max_new_tokens)
+    if new < 1:
+        return [[(0.0, [])] for _ in prompts]
     shared = min(map(len, prompts))  # up to here a row's beams never differ
     owner = torch.arange(B, device=x.device).repeat_interleave(K)
     hidden = x[owner, cache.pos[owner] - 1]  # (B K, C)
@@ -355,8 +357,8 @@ class Speculator:
         """How often each id stands in the text of each node, (B, N, V); None where no penalty asks."""
         if seen is None:
             return None
-        new = F.one_hot(nodes[:, 1:], seen.shape[1])  # the root is counted already
-        return seen[:, None] + torch.einsum("nm,bmv->bnv", self.tree.sees[:, 1:].long(), new)
+        new = F.one_hot(nodes[:, 1:], seen.shape[1]).float()  # the root is counted already; CUDA multiplies no integers
+        return seen[:, None] + torch.einsum("nm,bmv->bnv", self.tree.sees[:, 1:].float(), new).int()
 
     def propose(self, u):
         """Guesses for all nodes but the root (B, k), and what they were drawn from (B, k, V) or None."""
@@ -490,7 +492,8 @@ def speculate(model, drafter, prompts, max_new_tokens=100, stop=(), k=4, seed=0,
     model.eval()
     try:
         size = 64 * -(-(max(map(len, rows)) + max_new_tokens + nodes) // 64)
-        key = (drafter, getattr(drafter, "tree", k), len(rows), size, tuple(sorted(stop)), settings, compile)
+        key = (drafter, getattr(drafter, "tree", k), len(rows), size, tuple(sorted(stop)), settings, compile,
+               model.wiring())
         kept, s = getattr(model, "speculator", (None, None))
         if kept != key:
             s = Speculator(model, drafter, len(rows), size, stop, k, settings, compile)
@@ -690,7 +693,9 @@ def roofline(model, prompts, prefill, decode, made, args):
     line = f"prefill {total / prefill:,.0f} tokens/s; {made + rows} tokens, {made / max(decode, 1e-9):,.0f} tokens/s"
     if not made:
         return line
-    moved, best = bytes_per_step(model, rows, (held + made / 2) / rows), read_bandwidth(model.device)
+    mean, T = (held + made / 2) / rows, model.context
+    mean = mean if (held + made) / rows <= T else 0.75 * T  # a row that is full goes on from half of it
+    moved, best = bytes_per_step(model, rows, mean), read_bandwidth(model.device)
     rate = moved * steps / decode
     return (f"{line}{kept_share}; {moved * steps / made / 1e6:,.1f} MB a token, {rate / 1e9:,.1f} GB/s, "
             f"{rate / best:.0%} of the {best / 1e9:,.1f} that a sum reads here")
@@ -753,7 +758,7 @@ def stream_text(model, tokenizer, prompts, new, seeds, args, ends=(), stops=(), 
         args.guessed = {}
         events = speculate(model, args.drafter, prompts, new, last, args.draft_k, stats=args.guessed, **settings)
     else:
-        events = model.stream(prompts, new, last, **settings)
+        events = model.stream(prompts, new, last, slots=args.rows if args.votes else None, **settings)
     for news in events:
         made += sum(len(tokens) for _, tokens, _ in news) if began else 0
         began = began or time.perf_counter()
@@ -861,15 +866,21 @@ def worked(answer, chain):
     return f"{' '.join(thought.split())} The answer is {final.strip()}." if chain else final.strip()
 
 
-def extract(text):
+def numeric(answer):
+    """Is a known answer a number: all of it, or GSM8K's after ####?"""
+    return "####" in answer or re.fullmatch(r"\s*-?[$]?\d[\d,]*(\.\d+)?\s*%?\.?\s*", answer) is not None
+
+
+def extract(text, numbers=True):
     """
     The answer that a text gives: the first number after its last "####" or "answer is", else its last number; a
-    text without numbers: the line after the mark. In a form in which equal answers are equal strings.
+    text without numbers, or where none are asked: the line after the mark. In a form in which equal answers are equal
+    strings.
     """
     marked = re.sub(r"answer is:?", "####", text, flags=re.IGNORECASE)
-    value = number(marked)
+    value = number(marked) if numbers else None
     if value is not None:
-        return str(int(value)) if value.is_integer() else str(value)
+        return str(int(value)) if value == int(value) else str(value)
     lines = marked.split("####")[-1].strip().splitlines()
     return lines[0].strip(" .").lower() if lines else ""
 
@@ -968,7 +979,7 @@ def think(model, tokenizer, asked, args, seeds, ends):
     Answer [(question, shots)] once for each of seeds -> [[(what was written, answer)]]. With --cot zero in two stages
     (Kojima et al. 2022): first the thought, then, greedily, what comes after "Therefore, the answer is".
     """
-    T, new = model.context, args.max_new_tokens
+    T, new = context(model, args), args.max_new_tokens
     asker, zero = Asker(tokenizer, args, T), args.cot == "zero"
     lead = (" " * (not args.chat) + STEPS) if args.cot in ("zero", "auto") else ""
     second = len(tokenizer.encode(THEREFORE)) + 16 if zero else 0  # tokens of the second stage
@@ -984,13 +995,18 @@ def think(model, tokenizer, asked, args, seeds, ends):
             texts[i] = row
     if not zero:
         mark = "" if args.cot else "####"  # without a chain the answer comes first
-        return [[((lead + t.text).strip(), extract(mark + t.text)) for t in row] for row in texts]
+        return [[((lead + t.text).strip(), extract(mark + t.text, args.numbers)) for t in row] for row in texts]
     thoughts = [[lead + t.text.rstrip() for t in row] for row in texts]
     prompts = [asker.ids(*item, thought + THEREFORE) for item, row in zip(asked, thoughts) for thought in row]
     prompts = [prompt[-(T - 16 - guesses(args)):] for prompt in prompts]  # encoded again, a thought may have grown
     finals = by_sampling(model, tokenizer, prompts, 16, [0], greedily(args), ends, sorted({"\n", *sum(stops, [])}))
-    finals = (extract(THEREFORE + row[0].text) for row in finals)
+    finals = (extract(THEREFORE + row[0].text, args.numbers) for row in finals)
     return [[(thought.strip(), next(finals)) for thought in row] for row in thoughts]
+
+
+def context(model, args):
+    """Tokens that the model can read, and with --draft the one that guesses."""
+    return min(model.context, args.drafter.context if isinstance(args.drafter, GPT) else model.context)
 
 
 def guesses(args):
@@ -1066,8 +1082,14 @@ def answer_questions(model, tokenizer, questions, args, ends):
             yield {"question": question.question, "prediction": best, "votes": agreed, "texts": [t for t, _ in row]}
 
 
-def is_right(prediction, answer, choices=()):
-    return prediction.strip() == answer.strip() if choices else prediction == extract("####" + answer.split("####")[-1])
+def is_right(prediction, answer, choices=(), numbers=True):
+    """A choice or a number as it is; words where the prediction begins with them."""
+    if choices:
+        return prediction.strip() == answer.strip()
+    known = extract("####" + answer.split("####")[-1], numbers)
+    if numbers:
+        return prediction == known
+    return known != "" and re.match(re.escape(known) + r"(?!\w)", prediction) is not None
 
 
 # -----------------------------------------------------------------------------
@@ -1136,7 +1158,8 @@ def chat(model, tokenizer, args):
     system, messages = args.system, []
     if args.load:
         system, messages = load_chat(args.load, tokenizer)
-    T, turn = model.context, len(messages)
+        system = system if args.system is None else args.system
+    T, turn = context(model, args), len(messages)
     ends, told = chat_stops(tokenizer), False  # told: that turns are left out
     print("Type a message, or /help.")
     while True:
@@ -1254,15 +1277,17 @@ def get_args(argv=None):
     add("--load", metavar="FILE", help="go on with a chat that /save wrote")
     args = parser.parse_args(argv)
     args.stop = [s.replace("\\n", "\n") for s in args.stop]
+    args.numbers = True  # are answers to --questions numbers?
     args.drafter = args.timing = None  # what --draft loads; seconds of prefill and decoding, ids decoded
+    check_args(args, parser.get_default)
     args.early_stopping = {"false": False, "true": True, "never": "never"}[args.early_stopping]
     if args.temperature is None:
         args.temperature = 0.0 if args.choices or args.questions and not args.votes else 0.8
-    check_args(args)
     return args
 
 
-def check_args(args):
+def check_args(args, usual):
+    """Refuses what cannot be, and flags that nothing listens to; usual(name): a flag's default."""
     for name in "max_new_tokens", "beams", "limit", "votes":
         if getattr(args, name) < 0:
             raise BadInput(f"--{name} {getattr(args, name)} is negative: give 0 or more")
@@ -1276,6 +1301,19 @@ def check_args(args):
     if args.votes > 1 and (args.temperature == 0 or args.beams or args.contrastive is not None):
         raise BadInput(f"--votes {args.votes} of a search or of temperature 0 would all be the same: sample them")
     search = "--beams" if args.beams else "--contrastive" if args.contrastive is not None else ""
+    chance = ["top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty"]
+    asking = args.questions or args.shots_from or args.cot or args.votes
+    for what, deaf, names in ((search, search, chance + ["top_k"] * (search == "--beams")
+                               + ["num_samples"] * (search == "--contrastive")),
+                              ("--choices", args.choices, [*chance, "top_k", "beams", "contrastive", "draft", "stop",
+                                                           "num_samples"]),
+                              ("answers to questions", asking, ["num_samples"]),
+                              ("no --beams", not args.beams, ["length_penalty", "early_stopping"])):
+        for name in names if deaf else ():
+            if getattr(args, name) != usual(name):
+                raise BadInput(f"--{name} with {what} would change nothing: leave it out")
+    if search and args.temperature:
+        raise BadInput(f"--temperature with {search} would change nothing: leave it out")
     for unheard, what in ((args.beams and args.contrastive is not None, "--beams with --contrastive"),
                           (search and args.draft, f"--draft with {search}"),
                           (args.logprobs and search, f"--logprobs with {search}"),
@@ -1357,6 +1395,9 @@ def main_prompting(model, tokenizer, args, ends):
         if not args.cot and not args.chat:  # as the shots are written, or as it stands
             form = read_solved(*read_rows(args.shots_from, 1)[0]).form if args.shots_from else "{}"
         questions = [Solved(read_prompt(args), "", form)]
+    known = questions if args.questions else [read_solved(*row) for row in read_rows(args.shots_from, 0)] \
+        if args.shots_from else ()
+    args.numbers = all(numeric(question.answer) for question in known)
     right = []
     for question, found in zip(questions, answer_questions(model, tokenizer, questions, args, ends)):
         if not args.questions:
@@ -1368,7 +1409,7 @@ def main_prompting(model, tokenizer, args, ends):
             votes = f"  ({found['votes']:.0%} of {args.votes} votes)" if args.votes > 1 else ""
             print("answer: " * (not args.choices) + found["prediction"] + votes)
             continue
-        right.append(is_right(found["prediction"], question.answer, args.choices))
+        right.append(is_right(found["prediction"], question.answer, args.choices, args.numbers))
         print(json.dumps({**found, "answer": question.answer, "right": right[-1]}, ensure_ascii=False), flush=True)
     if right:
         figure = share(right)
@@ -1382,7 +1423,7 @@ def main():
     device = setup_process(args.device).device
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    init = args.init or newest_run()
+    init = args.init or newest_run(fits=reads_texts)
     tokenizer = Tokenizer.from_pretrained(init)
     model = GPT.from_pretrained(init, device, getattr(torch, args.dtype)).eval()
     if args.train_medusa is not None:
@@ -1406,12 +1447,18 @@ def main():
         return main_prompting(model, tokenizer, args, ends)
 
     text = read_prompt(args)
-    T, shown = model.context, "" if args.chat else text
+    T, shown = context(model, args), "" if args.chat else text
     prompt = tokenizer.begin + tokenizer.encode(text)
     if args.chat:
         prompt = Asker(tokenizer, args, T).ids(Solved(text, ""))
     if len(prompt) > T:
         raise BadInput(f"the prompt has {len(prompt)} tokens, more than the model's context of {T}: shorten it")
+    if args.drafter and args.max_new_tokens > (left := T - len(prompt) - guesses(args)):
+        if left < 1:
+            raise BadInput(f"--draft stays inside the context of {T}, and the prompt has {len(prompt)} tokens: shorten "
+                           f"it")
+        print(f"--draft stays inside the context of {T}: {left} new tokens at most", file=sys.stderr)
+        args.max_new_tokens = left
     print(f"{init}: {args.num_samples} sample(s) on {device}, {args.dtype}", file=sys.stderr)
     seeds, start = range(args.seed, args.seed + args.num_samples), time.perf_counter()
     alone = args.num_samples == 1 and writer(args) is by_sampling  # then the text appears as it is written

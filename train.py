@@ -545,7 +545,8 @@ def get_args(argv=None):
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of activations")
     add("--compile", default=None, **flag, help="torch.compile the block and the loss (default: on CUDA)")
     add("--compile_whole", action="store_true", help="compile all blocks as one: 20 s and more, for a step 2 %% faster")
-    add("--fp8", action="store_true", help="the blocks' products in 8 bits, not the experts', from models of 1B on (Hopper and later)")
+    add("--fp8", action="store_true",
+        help="the blocks' products in 8 bits, not the experts', from models of 1B on (Hopper and later)")
     add("--graphs", default=None, **flag, help="record a step as CUDA graphs (default: one GPU, < 50M parameters)")
     # data
     add("--data", default="bios:0.6,arithmetic:0.4", help=f"weighted mixture of {', '.join(data.CORPORA)}")

@@ -599,7 +599,10 @@ def reading(read):
 def number(text):
     """The number after ####, else the last one; None without."""
     found = re.findall(r"-?[$]?\d[\d,]*(?:\.\d+)?", text.split("####")[-1])
-    return float(re.sub("[$,]", "", found[0 if "####" in text else -1])) if found else None
+    if not found:
+        return None
+    digits = re.sub("[$,]", "", found[0 if "####" in text else -1])
+    return float(digits) if "." in digits else int(digits)
 
 
 def is_right(text, answer):

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import lora
 import model as model_room
 import sample as sample_room
 from bpe import BadInput, Tokenizer, chat_stops, render_chat
@@ -707,8 +708,67 @@ def test_bad_guessers_are_one_sentence(run_dir, tmp_path):
     for draft, word in ((tmp_path / "other", "tokenizer"), ("medusa", "--train_medusa"), ("nowhere", "nowhere")):
         err = sample("--init", run_dir, "--prompt", "the", "--draft", draft, check=2)[1]
         assert word in err.splitlines()[-1]
-    err = sample("--init", run_dir, "--prompt", "the", "--draft", "ngram", "--max_new_tokens", 200, check=2)[1]
+    long = GPT.from_pretrained(run_dir).context - 2
+    err = sample("--init", run_dir, "--prompt", " ".join("the" for _ in range(long)), "--draft", "ngram", check=2)[1]
     assert "context" in err.splitlines()[-1]
+
+
+def test_guesses_write_what_fits_into_the_context(run_dir):
+    out, err = sample("--init", run_dir, "--prompt", "the", "--draft", "ngram", "--max_new_tokens", 200,
+                      "--temperature", 0)
+    plain, _ = sample("--init", run_dir, "--prompt", "the", "--max_new_tokens", 200, "--temperature", 0)
+    assert "stays inside the context" in err and plain.startswith(out.rstrip("\n")) and len(out) > 20
+
+
+@pytest.mark.parametrize("numbers, right, wrong", [
+    (["####December 2, 1950", "x"], "December 2, 1950. He", "October 2, 1996."),
+    (["Duluth, MN"], "Duluth, MN. Reuben Jord", "Dulu"), (["cat"], "cat", "catfish")])
+def test_an_answer_in_words_is_right_where_the_text_begins_with_it(numbers, right, wrong):
+    known = numbers[0].removeprefix("####")
+    assert not sample_room.numeric(known)
+    for text, expected in ((right, True), (wrong, False)):
+        assert sample_room.is_right(sample_room.extract("####" + text, False), known, numbers=False) == expected
+
+
+def test_numbers_are_compared_as_numbers():
+    assert all(map(sample_room.numeric, ("12", "$1,234.50", "so 3\n#### 3", "-7", "50%", "8.")))
+    assert not any(map(sample_room.numeric, ("", "3 apples", "December 2, 1950", "B")))
+    assert sample_room.is_right(sample_room.extract("so 12 apples. #### 3.0"), "#### 3")
+    assert sample_room.extract("#### 12345678901234567") != sample_room.extract("#### 12345678901234568")
+
+
+def test_penalties_count_what_no_longer_fits(run_dir):
+    model = GPT.from_pretrained(run_dir)
+    (ids,), _ = model.generate([[1, 2]], 100, temperature=0, presence_penalty=1e4)
+    assert model.context < 102 and len(set(ids)) == 100
+
+
+def test_penalties_with_guesses_multiply_no_integers():
+    whole = argparse.Namespace(tree=sample_room.Tree([[0], [0, 0], [1]], "cpu"))  # nodes: root, 0, 1, 0 0
+    nodes, seen = torch.tensor([[5, 1, 2, 1]]), torch.zeros(1, 7, dtype=torch.int32)
+    found = sample_room.Speculator.counts(whole, nodes, seen)
+    assert found.dtype == torch.int32
+    assert found[0, :, 1].tolist() == [0, 1, 0, 2] and found[0, :, 2].tolist() == [0, 0, 1, 0]
+
+
+def test_a_recorded_graph_is_dropped_where_the_model_is_wired_anew():
+    model = make()
+    seen = [model.wiring()]
+    assert model.wiring() == seen[0]
+    lora.apply(model, lora.Adapter("lora", lora_rank=2))
+    seen.append(model.wiring())
+    with lora.disabled(model):
+        seen.append(model.wiring())
+    assert model.wiring() == seen[1]
+    lora.merge(model)
+    seen.append(model.wiring())
+    assert len(set(seen)) == 4
+
+
+def test_no_row_holds_more_than_the_context(run_dir):
+    read = lambda n: float(re.search(r"([\d.]+) MB a token", sample(
+        "--init", run_dir, "--prompt", "the", "--temperature", 0, "--max_new_tokens", n)[1])[1])
+    assert read(2000) <= 1.5 * read(20)
 
 
 def test_searches_and_choices_have_no_dropout(run_dir, tmp_path):
@@ -744,6 +804,9 @@ def test_guesses_leave_room_for_themselves(chat_dir):
     (["--beams", 2, "--draft", "ngram"], "--draft"), (["--train_medusa", 0], "--train_medusa"),
     (["--beams", 2, "--logprobs"], "--logprobs"), (["--choices", "a", "b", "--cot", "zero"], "--cot zero"),
     (["--seed", 2 ** 70], "--seed"), (["--temperature", "nan"], "--temperature"),
+    (["--beams", 2, "--repetition_penalty", 5], "--repetition_penalty"), (["--length_penalty", 2], "--length_penalty"),
+    (["--contrastive", 0.5, "--num_samples", 3], "--num_samples"), (["--choices", "a", "b", "--stop", "."], "--stop"),
+    (["--cot", "zero", "--num_samples", 2], "--num_samples"), (["--beams", 2, "--temperature", 3], "--temperature"),
     (["--presence_penalty", "inf"], "--presence_penalty"), (["--system", "x"], "--system")])
 def test_flags_that_would_change_nothing_are_refused(run_dir, flags, words):
     _, err = sample("--init", run_dir, "--prompt", "the", *flags, check=2)

@@ -604,8 +604,8 @@ def get_args(argv=None):
     add("--label_smoothing", type=float,
         help="ε of dpo, cdpo, robust, ipo, simpo, cpo (default: cdpo and robust 0.1, others 0)")
     add("--sft_weight", type=float,
-        help="of the chosen responses' negative log-likelihood a token (default: cpo, orpo 1; the default data 1; "
-             "others 0)")
+        help="of the chosen responses' negative log-likelihood a token (default: cpo, orpo, sft 1; dpo on a task's own "
+             "samples 1; others 0)")
     add("--gamma", type=float, default=0.5, help="SimPO's margin")
     add("--ipo_normalize", default="mean", choices=["mean", "sum"], help="of the log-ratios over a response's tokens")
     add("--length_normalize", action="store_true", help="log-ratios per token, in dpo, cdpo, robust, hinge, ipo")

@@ -8,7 +8,7 @@ Wilson's interval (1927) instead, which is honest at 0 and 1. Win rates and rati
 alone has no interval: nan, in JSON null.
 
     python evaluate.py                                  # the newest run: its validation text, its questions
-    python evaluate.py --task text=book.txt --window 1024 --stride 512 --init out/base gpt2
+    python evaluate.py --task text=book.txt --window 128 --stride 64 --init out/base gpt2
     python evaluate.py --init HuggingFaceTB/SmolLM2-135M --task choices=hellaswag.jsonl lastword=lambada.jsonl \\
         answers=gsm8k_test.jsonl --limit 50 --shots 5
     python evaluate.py --task winrate=prompts.jsonl --init out/sft out/rl --judge model=out/sft

@@ -18,8 +18,9 @@ tuned from, τ_i = θ_i - θ_0 the task vectors and λ the --scale:
     python merge.py passthrough A@0:24 B@8:32 --out out/deep                        # layers 0-23, then 8-31
     python merge.py average out/run --last 5 --out out/averaged
 
-A model is a run directory or a Hugging Face folder, and the merge is what the first is; a folder with a PEFT adapter is
-its base plus (alpha / r) B A, in every method. Tensors go through memory in pieces of 16M numbers, as float32.
+A model is a run directory or a Hugging Face folder, and the merge is what the first is, or with task vectors the base,
+with the first one's chat template; a folder with a PEFT adapter is its base plus (alpha / r) B A, in every method.
+Tensors go through memory in pieces of 16M numbers, as float32.
 --mergekit: where mergekit (Goddard et al. 2024) differs from the papers, do as it does.
 """
 import argparse
@@ -640,7 +641,7 @@ def get_args(argv=None):
     add("models", nargs="+",
         help="run directories, Hugging Face folders, hub names or adapters; to stack: PATH@START:STOP")
     add("--base", help="the model that the others, or an adapter, were tuned from")
-    add("--out", default="out/merged", help="folder of the merge; what is there moves to OUT.old")
+    add("--out", default="out/merged", help="folder of the merge; a finished run already there is kept as OUT.old")
     add("--weights", type=float, nargs="+", help="of each model (default: equal; of task vectors 1)")
     add("--t", nargs="+", default=["0.5"],
         help="slerp: [PART=]T, or T,T,… from the first layer to the last; the first that fits a tensor counts")
@@ -655,7 +656,7 @@ def get_args(argv=None):
         help="as mergekit: TIES trims each tensor by itself and elects signs after --weights; DARE keeps a tensor's "
              "sum of magnitudes instead of dividing by the density; slerp is linear above |cos| 0.9995")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the file (default: the first's)")
+        help="of the file (default: the first's, of task vectors the base's)")
     add("--shard_gb", type=float, default=5.0, help="largest file of a Hugging Face folder")
     add("--seed", type=int, default=0, help="of what dare drops")
     return parser.parse_args(argv)

@@ -6,7 +6,7 @@ processes and parallelism; safetensors and run directories; Hugging Face both wa
     p(x_1 … x_T) = Π_t p(x_t | x_<t),    loss = -1/T Σ_t log p(x_t | x_<t)   (nats per token)
 
 GPT-2 (Radford et al. 2019) and LLaMA (Touvron et al. 2023) are two points of one `GPTConfig`; so is
-the `nano` default, which trains fastest of the three at equal size (README, "what each line buys").
+the `nano` default, which reaches GPT-2's loss in less time (README, "Time to quality").
 
     python model.py info gpt2                           # sizes of a preset, a run or a Hugging Face model
     python model.py import HuggingFaceTB/SmolLM2-135M --out out/smollm2

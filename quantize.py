@@ -1338,7 +1338,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--init", nargs="+", help="run, Hugging Face folder or hub name; --table: or several (default: the newest run)")
-    add("--out", default="out/int4", help="run directory for the quantized model")
+    add("--out", default="out/int4", help="run directory; a finished run already there is kept as OUT.old")
     add("--method", help=f"one of {', '.join(METHODS)} (default: gptq, and the table)")
     add("--bits", type=int, help="2 to 8 (default: 4, or the method's own)")
     add("--group", type=int, help="weights of a row that share a scale; 0: a row, -1: a matrix (default: 128, or the "
@@ -1377,7 +1377,7 @@ def newest_float(root="out"):
 
 
 def main():
-    from model import setup_process
+    from model import check_out, setup_process, start_run
     args = get_args()
     if args.show:
         return show(args.show)
@@ -1400,9 +1400,7 @@ def main():
         rows = table(inits, args, device)
         metrics["table"] = rows
     if args.method or not args.table:
-        there = Path(args.out) / "run.json"
-        if there.exists() and not read_json(there).get("quantize"):
-            raise BadInput(f"--out {args.out} holds a run that is not quantized, and is not overwritten: give another")
+        check_out(args.out, inits[0])
         init, method = inits[0], args.method or "gptq"
         args.init = str(init)
         method, bits, group = parse_row(method, args)
@@ -1417,6 +1415,7 @@ def main():
         seconds = time.time() - start
         after = perplexity(model, ids["val"], args.window, args.stride)
         metrics |= {"perplexity_float": before, "perplexity": after, "val_loss": math.log(after), "seconds": seconds}
+        start_run(args.out)
         metrics["bytes"] = write(args.out, model, run, tokenizer, args, metrics)
         T = args.window or model.context
         print(f"{args.out}: {method}, {bits} bits, group {group}: {metrics['bytes'] / 1e6:.2f} MB; perplexity "

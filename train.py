@@ -996,7 +996,7 @@ def main():
         trainer.drop()
         line["spike"] = spike
         past |= {"in_a_row": past["in_a_row"] + 1, "furthest": max(past["furthest"], step + 1)}
-        if past["in_a_row"] > 10:
+        if past["in_a_row"] >= 10:
             raise BadInput(f"ten loss spikes in a row up to step {step + 1} (the last: {spike}): lower --lr, or raise "
                            f"--spike_z; {out} keeps its last save")
         where = f"step {step + 1}: loss {loss:.4f}, gradient norm {norm:.2f}, {spike}: "

@@ -494,7 +494,9 @@ def test_a_quantized_run_is_sampled_and_evaluated_like_any_other(folder):
     _, err = call(Q, "--init", folder / "int4", "--method", "nf4", check=2)
     assert "quantized already" in err
     _, err = run(folder, "--method", "zeropoint", "--group", 32, "--out", folder / "run", check=2)
-    assert "not overwritten" in err
+    assert "take the place" in err
+    run(folder, "--method", "zeropoint", "--group", 32, "--out", folder / "int4")
+    assert (folder / "int4.old" / "run.json").exists()
 
 
 def test_the_table_has_a_line_and_a_point_for_every_row(folder):

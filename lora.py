@@ -878,7 +878,7 @@ def save(out, model, run, base, weights=None):
             json.dump(content, f, indent=1)
 
 
-def load(path, device="cpu", dtype=torch.float32, base=None, quantized=True):
+def load(path, device="cpu", dtype=torch.float32, base=None, quantized=True, train=False):
     """
     The model of an adapter's folder, ours or PEFT's: its base from where the folder says, or from `base`, frozen, and
     the adapter in float32. quantized False: on the base as it was before --quantize.
@@ -904,6 +904,9 @@ def load(path, device="cpu", dtype=torch.float32, base=None, quantized=True):
     if "adapter" in run:
         adapter = Adapter(**run["adapter"])
     attach(model, adapter if quantized else replace(adapter, quantize="none"), tensors, alphas)
+    params = dict(model.named_parameters())
+    for name in () if train else model.initial:  # float32 is for training
+        params[name].data, model.initial[name] = params[name].data.to(dtype), model.initial[name].to(dtype)
     return model.eval()
 
 
@@ -934,7 +937,7 @@ def start(init, adapter, device="cpu", dtype=torch.float32, tokenizer=None, seed
             add_class_head(model, n_class)
         return model, None
     if (path / "adapter_config.json").exists():
-        model = load(path, device, dtype)
+        model = load(path, device, dtype, train=True)
         fits = more <= model.config.vocab_size and n_class in (0, model.config.n_class)  # else it goes into the weights
         if fits and model.adapter.tune == WRITTEN.get(adapter.tune, adapter.tune):
             return model, read_json(path / "adapter_config.json")["base_model_name_or_path"]
@@ -1027,13 +1030,20 @@ def count(args):
               f"{8 * trained / 1e6:.2f} MB, file {4 * kept / 1e6:.2f} MB")
 
 
+def bases(name):
+    """A model's folder or hub name, the base that it names where it is an adapter, and so on."""
+    while name:
+        yield name
+        config = Path(name) / "adapter_config.json"
+        name = read_json(config).get("base_model_name_or_path") if config.exists() else None
+
+
 def merged(args):
     """An adapter's run as one plain model."""
     if not (Path(args.name) / "adapter_config.json").exists():
         raise BadInput(f"{args.name} holds no adapter_config.json: give the folder of an adapter")
     run = read_json(Path(args.name) / "run.json") if (Path(args.name) / "run.json").exists() else {}
-    for needed in (args.name, run.get("base") or read_json(Path(args.name) / "adapter_config.json").get(
-            "base_model_name_or_path")):
+    for needed in bases(args.name):
         check_out(args.out, needed)
     model, tokenizer = plain(args.name), Tokenizer.from_pretrained(args.name)
     kept = {k: v for k, v in run.items() if k not in ("config", "base", "base_print", "adapter")}
@@ -1047,7 +1057,7 @@ def merged(args):
 def imported(args):
     """A folder that PEFT wrote becomes a run: with --init as its base, if its own is not here."""
     base = args.init or read_json(Path(args.name) / "adapter_config.json").get("base_model_name_or_path")
-    for needed in (args.name, base):
+    for needed in (args.name, *bases(base)):
         check_out(args.out, needed)
     model, tokenizer = load(args.name, base=base), Tokenizer.from_pretrained(base)
     run = {"stage": "import", "step": 0, "metrics": {}, "args": {}, "tokenizer": tokenizer.spec()}

@@ -318,6 +318,11 @@ def label(model):
     return model.path if all((path / "run.json").exists() for path in (model.path, home(model))) else home(model)
 
 
+def folders(model):
+    """Where a model is read from: an adapter's folder, its base's, and so on."""
+    return [model.path, *(folders(model.base) if isinstance(model, Adapted) else ())]
+
+
 def read_config(model, folder=None):
     """(is it a run of ours?, run.json or config.json of its home, or of that folder)."""
     ours = (home(model) / "run.json").exists()
@@ -550,7 +555,7 @@ def open_all(args):
         check_alike(models, stacked=True)
         entries = {new: models[i].entries[name] for new, (i, name) in stack.items()}
         pieces = lambda new: copied(models[stack[new][0]], stack[new][1])
-        return models, label(models[0]), entries, pieces, stacked_config(models, layers)
+        return models, label(models[0]), entries, pieces, labelled(models[0], stacked_config(models, layers))
     (merge, density), args.t = METHODS[args.method], [parse_t(rule) for rule in args.t]
     args.density = density if args.density is None else args.density
     if args.method == "average":
@@ -571,12 +576,14 @@ def open_all(args):
     def pieces(name):
         floating = first.entries[name][0].is_floating_point
         return merge(name, models, args, deltas) if floating else copied(first, name)
-    ours, config = read_config(first)
-    if ours:  # what a run says of itself is the first one's that is named, what its weights are the base's
-        own = read_config(first, label(models[0]))[1]
-        own = {key: value for key, value in own.items() if key not in ("base", "base_print", "adapter")}
-        config = own | {"config": config["config"]}
-    return [first, *models], label(models[0]), first.entries, pieces, config
+    return [first, *models], label(models[0]), first.entries, pieces, labelled(models[0], read_config(first)[1])
+
+
+def labelled(model, config):
+    """run.json of a merge: what it says of itself is the first named model's, what its weights are stands in config."""
+    ours, own = read_config(model, label(model))
+    own = {key: value for key, value in own.items() if key not in ("base", "base_print", "adapter")}
+    return own | {"config": config["config"]} if ours else config
 
 
 def copied(model, name):
@@ -673,7 +680,7 @@ def main():
 
     out = Path(args.out).resolve()
     lost = {out, out.with_name(out.name + ".old")}
-    if any(lost & {path.resolve(), *path.resolve().parents} for m in models for path in (m.path, home(m))):
+    if any(lost & {path.resolve(), *path.resolve().parents} for m in models for path in folders(m)):
         raise BadInput(f"--out {args.out} would take the place of one of the models that are merged: give another "
                        f"folder")
     check_out(out)

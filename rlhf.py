@@ -1141,7 +1141,8 @@ def get_args(argv=None):
     add("--std", choices=["unbiased", "biased", "none"],
         help="deviation that advantages are divided by: the group's, or with gae the batch's (trl, verl, OpenRLHF "
              "unbiased; minimind, HALOs biased; Dr. GRPO none)")
-    add("--std_eps", type=float, default=1e-4, help="added to a group's (trl 1e-4, verl 1e-6, OpenRLHF 1e-9, HALOs 1e-2)")
+    add("--std_eps", type=float, default=1e-4,
+        help="added to a group's (trl 1e-4, verl 1e-6, OpenRLHF 1e-9, HALOs 1e-2)")
     add("--aggregate", choices=["sequence", "token", "constant", "sum"],
         help="what a token's loss weighs, see token_weights")
     add("--level", choices=["token", "sequence", "mean"], help="of the ratio, see ratios")

@@ -27,6 +27,7 @@ import heapq
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -867,8 +868,9 @@ def worked(answer, chain):
 
 
 def numeric(answer):
-    """Is a known answer a number: all of it, or GSM8K's after ####?"""
-    return "####" in answer or re.fullmatch(r"\s*-?[$]?\d[\d,]*(\.\d+)?\s*%?\.?\s*", answer) is not None
+    """Is a known answer a number, with or without a unit, all of it or what stands after #### or "answer is"?"""
+    last = re.split(r"####|answer is:?", answer, flags=re.IGNORECASE)[-1].strip(" \n.")
+    return re.fullmatch(r"-?[$]?\d[\d,]*(\.\d+)?\s*%?(\s+[^\d\s]+){0,3}", last) is not None
 
 
 def extract(text, numbers=True):
@@ -880,7 +882,7 @@ def extract(text, numbers=True):
     marked = re.sub(r"answer is:?", "####", text, flags=re.IGNORECASE)
     value = number(marked) if numbers else None
     if value is not None:
-        return str(int(value)) if value == int(value) else str(value)
+        return str(int(value)) if math.isfinite(value) and value == int(value) else str(value)
     lines = marked.split("####")[-1].strip().splitlines()
     return lines[0].strip(" .").lower() if lines else ""
 
@@ -986,6 +988,8 @@ def think(model, tokenizer, asked, args, seeds, ends):
     new = min(new, T // 2)
     room = len(tokenizer.encode(lead)) + new + second + guesses(args)
     asked = [(question, asker.fitting(question, shots, room)) for question, shots in asked]
+    known = [[question.answer] if question.answer else [s.answer for s in shots] for question, shots in asked]
+    numbers = [all(map(numeric, answers)) for answers in known]  # what kind of answer is looked for
     prompts, texts = [asker.ids(*item, lead) for item in asked], [None] * len(asked)
     stops = [sorted({*args.stop, *asker.stops(*item)}) for item in asked]
     for same in map(list, {tuple(s) for s in stops}):  # an answer never depends on who is asked beside it
@@ -995,13 +999,15 @@ def think(model, tokenizer, asked, args, seeds, ends):
             texts[i] = row
     if not zero:
         mark = "" if args.cot else "####"  # without a chain the answer comes first
-        return [[((lead + t.text).strip(), extract(mark + t.text, args.numbers)) for t in row] for row in texts]
+        return [[((lead + t.text).strip(), extract(mark + t.text, kind)) for t in row]
+                for row, kind in zip(texts, numbers)]
     thoughts = [[lead + t.text.rstrip() for t in row] for row in texts]
     prompts = [asker.ids(*item, thought + THEREFORE) for item, row in zip(asked, thoughts) for thought in row]
     prompts = [prompt[-(T - 16 - guesses(args)):] for prompt in prompts]  # encoded again, a thought may have grown
     finals = by_sampling(model, tokenizer, prompts, 16, [0], greedily(args), ends, sorted({"\n", *sum(stops, [])}))
-    finals = (extract(THEREFORE + row[0].text, args.numbers) for row in finals)
-    return [[(thought.strip(), next(finals)) for thought in row] for row in thoughts]
+    finals = (THEREFORE + row[0].text for row in finals)
+    return [[(thought.strip(), extract(next(finals), kind)) for thought in row]
+            for row, kind in zip(thoughts, numbers)]
 
 
 def context(model, args):
@@ -1082,14 +1088,14 @@ def answer_questions(model, tokenizer, questions, args, ends):
             yield {"question": question.question, "prediction": best, "votes": agreed, "texts": [t for t, _ in row]}
 
 
-def is_right(prediction, answer, choices=(), numbers=True):
+def is_right(prediction, answer, choices=()):
     """A choice or a number as it is; words where the prediction begins with them."""
     if choices:
         return prediction.strip() == answer.strip()
-    known = extract("####" + answer.split("####")[-1], numbers)
-    if numbers:
+    known = extract("####" + answer.split("####")[-1], numeric(answer))
+    if numeric(answer):
         return prediction == known
-    return known != "" and re.match(re.escape(known) + r"(?!\w)", prediction) is not None
+    return known != "" and re.match(re.escape(known) + r"(?!\w|[.,]\d)", prediction) is not None
 
 
 # -----------------------------------------------------------------------------
@@ -1277,7 +1283,6 @@ def get_args(argv=None):
     add("--load", metavar="FILE", help="go on with a chat that /save wrote")
     args = parser.parse_args(argv)
     args.stop = [s.replace("\\n", "\n") for s in args.stop]
-    args.numbers = True  # are answers to --questions numbers?
     args.drafter = args.timing = None  # what --draft loads; seconds of prefill and decoding, ids decoded
     check_args(args, parser.get_default)
     args.early_stopping = {"false": False, "true": True, "never": "never"}[args.early_stopping]
@@ -1395,9 +1400,6 @@ def main_prompting(model, tokenizer, args, ends):
         if not args.cot and not args.chat:  # as the shots are written, or as it stands
             form = read_solved(*read_rows(args.shots_from, 1)[0]).form if args.shots_from else "{}"
         questions = [Solved(read_prompt(args), "", form)]
-    known = questions if args.questions else [read_solved(*row) for row in read_rows(args.shots_from, 0)] \
-        if args.shots_from else ()
-    args.numbers = all(numeric(question.answer) for question in known)
     right = []
     for question, found in zip(questions, answer_questions(model, tokenizer, questions, args, ends)):
         if not args.questions:
@@ -1409,7 +1411,7 @@ def main_prompting(model, tokenizer, args, ends):
             votes = f"  ({found['votes']:.0%} of {args.votes} votes)" if args.votes > 1 else ""
             print("answer: " * (not args.choices) + found["prediction"] + votes)
             continue
-        right.append(is_right(found["prediction"], question.answer, args.choices, args.numbers))
+        right.append(is_right(found["prediction"], question.answer, args.choices))
         print(json.dumps({**found, "answer": question.answer, "right": right[-1]}, ensure_ascii=False), flush=True)
     if right:
         figure = share(right)

@@ -130,12 +130,14 @@ def near_duplicates(examples, threshold=0.8, bands=16, rows=4):
     """
     Indices of examples whose runs of five tokens agree with an earlier one's by a Jaccard index of `threshold` or more.
     Candidates share a band of minhashes (Broder 1997), so that not every pair is compared. Runs that more than a
-    twentieth of the examples have are a template's, and say nothing.
+    twentieth of the examples have (of a thousand or fewer, more than fifty of them or half) are a template's, and say
+    nothing.
     """
     rng = np.random.default_rng(0)
     a, b = (rng.integers(1, 2 ** 31 - 1, (bands * rows, 1)) for _ in range(2))
     sets = [shingles(ids.tolist()) for ids, _ in examples]
-    shared, most = Counter(itertools.chain.from_iterable(sets)), max(2, len(examples) // 20)
+    n, shared = len(examples), Counter(itertools.chain.from_iterable(sets))
+    most = max(3, n // 20, min(50, n // 2))
     sets = [{run for run in mine if shared[run] <= most} or mine for mine in sets]
     seen, found = {}, set()
     for i, mine in enumerate(sets):
@@ -314,7 +316,7 @@ def answer(model, tokenizer, args, prompts, max_new_tokens, batch=128):
     for i in range(0, len(prompts), batch):
         ids = [render_chat(tokenizer, turns, args.template, args.system, generation=True)[0]
                for turns in prompts[i:i + batch]]
-        ids = [row[-max(T - max_new_tokens, T // 2):] for row in ids]
+        ids = [row[-(T - 1):] for row in ids]
         rows, _ = model.generate(ids, max_new_tokens, temperature=0, stop=chat_stops(tokenizer, args.template))
         texts += [tokenizer.decode(row) for row in rows]
     return texts
@@ -655,12 +657,9 @@ def split_rows(args, T, process):
     if not rows:
         raise BadInput(f"--batch_tokens {args.batch_tokens} is less than a row of {T} tokens for each of "
                        f"{process.dp_world} process(es): use {T * process.dp_world} or more")
-    mixed = round(rows * args.mix_share)
+    mixed = max(round(rows * args.mix_share), int(args.mix_share > 0 and rows > 1))
     if not 0 <= mixed < rows:
         raise BadInput(f"--mix_share {args.mix_share} leaves none of {rows} rows to the conversations: use less")
-    if args.mix_share and not mixed:
-        raise BadInput(f"--mix_share {args.mix_share} of {rows} row(s) of {T} tokens a step and process is none: raise "
-                       f"--batch_tokens, or leave the pretraining text out with --mix none")
     limit = 65536 if process.device.type == "cuda" else 16384  # tokens that one forward pass may hold
     return rows * process.dp_world, mixed * process.dp_world, args.micro_batch or max(1, min(rows, limit // T))
 
@@ -704,11 +703,16 @@ def main():
     for name, examples in sets.items():
         if not examples:
             raise BadInput(f"--data {name} has no row to learn from ({why}): correct the rows")
-    spec, input = mix_spec(args)
+    (spec, input), asked_to_mix = mix_spec(args), args.mix != "auto"
     args.mix = spec or "none"
     args.mix_share *= spec is not None
     rows, mixed, micro = split_rows(args, T, process)
     args.micro_batch = micro
+    if args.mix_share and not mixed:
+        why = f"a row of {T} tokens a step and process leaves no room for pretraining text"
+        if asked_to_mix:
+            raise BadInput(f"--mix {args.mix}: {why}: raise --batch_tokens")
+        say(f"{why}: --batch_tokens {2 * args.batch_tokens} would mix some in")
     epochs = Epochs(list(sets.values()), T, rows - mixed, args.packing, args.cap, args.seed)
     if mixed:
         if main_process:
@@ -739,13 +743,18 @@ def main():
     if model.adapter is not None and model.adapter.tune == "adalora":
         allocator = lora.RankAllocator(model, model.adapter.lora_rank, args.steps, args.steps // 10, args.steps // 3)
 
+    # beside parameters: biases that balance experts
+    balance = {} if model.adapter else {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+
     def tuned_weights():
         """What training changes; with --relora that is all, and its tensors are others after a restart."""
-        return model.state_dict() if args.relora else {name: sharded.parts[name] for name in trained}
+        return model.state_dict() if args.relora else {name: sharded.parts[name] for name in trained} | balance
 
     out, step, best, waited = Path(args.out), 0, None, 0
     if args.resume:
         saved = load_optim(args.out)
+        for name, b in balance.items():
+            b.copy_(saved["model"].pop(name, b))
         sharded.load_state_dict({"model": dict(sharded.parts) | saved["model"], "optimizers": saved["optimizers"]},
                                 [optimizer])
         step = saved["step"]
@@ -770,6 +779,7 @@ def main():
         state = sharded.state_dict([optimizer])
         if not main_process:
             return
+        state["model"] |= {name: b.cpu() for name, b in balance.items()}
         run = {"stage": "sft", "step": step, "metrics": metrics, "args": vars(args), "tokenizer": tokenizer.spec()}
         whole = None if sharded.plain else state["model"]
         if sharded.plain and base is not None:  # the frozen base is where it was

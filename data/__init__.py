@@ -602,7 +602,7 @@ def number(text):
     if not found:
         return None
     digits = re.sub("[$,]", "", found[0 if "####" in text else -1])
-    return float(digits) if "." in digits else int(digits)
+    return float(digits) if "." in digits or len(digits) > 4000 else int(digits)  # longer ones Python refuses
 
 
 def is_right(text, answer):

@@ -308,7 +308,8 @@ def test_a_merge_speaks_as_the_first_model_that_is_named(runs, tmp_path):
     merge("lora", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "x")
     merge("ties", tmp_path / "one", tmp_path / "two", "--base", runs / "base", "--out", tmp_path / "y")
     merge("linear", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "z")
-    for out in ("x", "y", "z"):
+    merge("passthrough", f"{tmp_path / 'one'}@0:2", f"{tmp_path / 'one'}@2:4", "--out", tmp_path / "w")
+    for out in "wxyz":
         run = load_run(tmp_path / out)[1]
         assert Tokenizer.from_pretrained(tmp_path / out).chat == chat and run["stage"] == "merge"
         assert not run.keys() & {"base", "base_print", "adapter"}
@@ -323,6 +324,8 @@ def test_adapters_on_adapters_and_of_different_bases(runs, tmp_path):
     name, module = "blocks.0.attn.q.weight", nest.get_submodule("blocks.0.attn.q")
     whole = tensors(tmp_path / "x")[name] * 2 - one.get_submodule("blocks.0.attn.q").effective()
     assert torch.allclose(whole, module.effective(), atol=1e-5)
+    assert "take the place" in merge("linear", tmp_path / "nest", runs / "a", "--out", tmp_path / "one", check=2)
+    assert "take the place" in call(lora, "merge", tmp_path / "nest", "--out", runs / "base", check=2)[1]
     tuned(runs, tmp_path, "other", runs / "a", None, seed=2)
     assert "--base" in merge("lora", tmp_path / "one", tmp_path / "other", "--out", tmp_path / "y", check=2)
 

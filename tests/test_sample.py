@@ -720,20 +720,31 @@ def test_guesses_write_what_fits_into_the_context(run_dir):
     assert "stays inside the context" in err and plain.startswith(out.rstrip("\n")) and len(out) > 20
 
 
-@pytest.mark.parametrize("numbers, right, wrong", [
-    (["####December 2, 1950", "x"], "December 2, 1950. He", "October 2, 1996."),
-    (["Duluth, MN"], "Duluth, MN. Reuben Jord", "Dulu"), (["cat"], "cat", "catfish")])
-def test_an_answer_in_words_is_right_where_the_text_begins_with_it(numbers, right, wrong):
-    known = numbers[0].removeprefix("####")
+@pytest.mark.parametrize("known, right, wrong", [
+    ("December 2, 1950", "December 2, 1950. He", "October 2, 1996."), ("Duluth, MN", "Duluth, MN. Reuben Jord", "Dulu"),
+    ("cat", "cat", "catfish"), ("1/2", "1/2", "1/25"), ("room 5", "Room 5.", "room 5.5")])
+def test_an_answer_in_words_is_right_where_the_text_begins_with_it(known, right, wrong):
     assert not sample_room.numeric(known)
     for text, expected in ((right, True), (wrong, False)):
-        assert sample_room.is_right(sample_room.extract("####" + text, False), known, numbers=False) == expected
+        assert sample_room.is_right(sample_room.extract("####" + text, False), known) == expected
+
+
+def test_the_kind_of_an_answer_is_each_questions_own(run_dir, tmp_path):
+    rows = [{"prompt": "the cat", "answer": "5"}, {"prompt": "the mat", "answer": "blue"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    both, _ = sample("--init", run_dir, "--questions", tmp_path / "q.jsonl", "--max_new_tokens", 12)
+    (tmp_path / "q.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    alone, _ = sample("--init", run_dir, "--questions", tmp_path / "q.jsonl", "--max_new_tokens", 12)
+    assert both.splitlines()[0] == alone.splitlines()[0]
 
 
 def test_numbers_are_compared_as_numbers():
-    assert all(map(sample_room.numeric, ("12", "$1,234.50", "so 3\n#### 3", "-7", "50%", "8.")))
-    assert not any(map(sample_room.numeric, ("", "3 apples", "December 2, 1950", "B")))
+    assert all(map(sample_room.numeric, ("12", "$1,234.50", "so 3\n#### 3", "-7", "50%", "8.", "12 apples",
+                                         "2 and 1. The answer is 3.")))
+    assert not any(map(sample_room.numeric, ("", "1/2", "December 2, 1950", "B", "2 May 1950", "#### red")))
     assert sample_room.is_right(sample_room.extract("so 12 apples. #### 3.0"), "#### 3")
+    assert sample_room.is_right(sample_room.extract("#### 1,000"), "1000 boxes")
+    assert not data.is_right("1" * 5000, "#### 3") and sample_room.extract("#### " + "9" * 400 + ".5") == "inf"
     assert sample_room.extract("#### 12345678901234567") != sample_room.extract("#### 12345678901234568")
 
 

@@ -139,6 +139,11 @@ def test_near_duplicates_are_found_without_comparing_all_pairs():
     template = rng.integers(0, 1000, 400)  # which all have in front
     assert sft.near_duplicates([(np.r_[template, ids], None) for ids in texts]) == {50, 51}
     assert sft.near_duplicates([(texts[0], None)] * 40) == set(range(1, 40))
+    for copies, others in ((3, 20), (4, 50), (6, 100), (10, 100)):
+        cluster = [rng.integers(0, 1000, 120)] * copies
+        cluster = [np.r_[ids[:i], -1, ids[i + 1:]] for i, ids in enumerate(cluster)]
+        rows = cluster + [rng.integers(0, 1000, 120) for _ in range(others)]
+        assert sft.near_duplicates([(ids, None) for ids in rows]) == set(range(1, copies))
 
 
 # Rows
@@ -327,6 +332,25 @@ def test_rows_begin_and_end_as_documents_of_the_pretraining_text(tokenizer):
     assert mask[0] == 0 and mask[-1] == 1 and tokenizer.begin == [tokenizer.eot]
 
 
+def test_a_sigmoid_routers_biases_go_on_after_a_save_and_back_with_the_best_weights(tokenizer, tmp_path):
+    model = make(tokenizer, n_expert=4, router="sigmoid", bias_rate=0.05)
+    save_run(tmp_path / "moe", model, {"stage": "import", "tokenizer": tokenizer.spec()})
+    tokenizer.save(tmp_path / "moe")
+    rows = rows_file(tmp_path / "rows.jsonl", CHATS * 10)
+    common = ["--init", tmp_path / "moe", "--data", rows, "--dedup", "none", "--batch_tokens", 256, "--eval_answers", 0,
+              "--schedule", "constant", "--warmup", 0]
+    tune(*common, "--steps", 8, "--out", tmp_path / "one")
+    tune(*common, "--steps", 4, "--save_every", 4, "--out", tmp_path / "two")
+    tune("--resume", "--steps", 8, "--out", tmp_path / "two")
+    one, two = (GPT.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert one["blocks.0.mlp.router.bias"].abs().sum() > 0
+    assert all(torch.allclose(t, two[name], atol=1e-6) for name, t in one.items())
+    metrics, text = tune(*common, "--lr", 0.5, "--grad_clip", 0, "--steps", 60, "--eval_every", 5, "--patience", 2,
+                         "--out", tmp_path / "best")
+    assert "no better" in text
+    assert held_out_loss(tmp_path / "best", rows) == pytest.approx(metrics["val_loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize("method", ([], ["--lora_rank", 8, "--lora_targets", "all,wte", "--relora", 4]))
 def test_patience_keeps_the_best_weights(base, tmp_path, method):
     rows = rows_file(tmp_path / "rows.jsonl", CHATS * 5)
@@ -508,7 +532,7 @@ def test_an_answer_is_right_letter_by_letter_or_by_its_number():
     (json.dumps(CHATS[0]) + "\n", ["--batch_tokens", 10], "--batch_tokens 10"),
     (json.dumps(CHATS[0]) + "\n", ["--quantize", "nf4", "--tune", "full"], "--quantize nf4"),
     (json.dumps(CHATS[0]) + "\n", ["--relora", 5], "--relora"),
-    (json.dumps(CHATS[0]) + "\n", ["--mix", "bios", "--batch_tokens", 64], "--mix_share"),
+    (json.dumps(CHATS[0]) + "\n", ["--mix", "bios", "--batch_tokens", 64], "--mix bios"),
     (json.dumps(CHATS[0]) + "\n", ["--template", "llama2"], "--template llama2"),
     (json.dumps(CHATS[0]) + "\n", ["--lora_targets", "query", "--lora_rank", 4], "query"),
     (json.dumps(CHATS[0]) + "\n", ["--data", "nowhere.jsonl"], "nowhere.jsonl"),

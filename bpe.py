@@ -70,6 +70,8 @@ def cli(main):
     """Runs a script's main; what the user can mend ends in one sentence and exit status 2."""
     if hasattr(sys.stdout, "reconfigure"):  # lone surrogates, bytes that were no UTF-8, can be shown
         sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdin, "reconfigure"):  # and read
+        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         main()
         sys.stdout.flush()
@@ -513,13 +515,16 @@ class Tokenizer:
             raise BadInput(f"the id {i} is outside the vocabulary of {self.n_vocab} tokens")
         return self._spelled[i]
 
-    def decode_bytes(self, ids):
+    def decode_bytes(self, ids, goes_on=False):
         data = b"".join([self.spell(i) for i in ids])
-        return data[1:] if self.prefix and data[:1] == b" " else data
+        return data[1:] if self.prefix and data[:1] == b" " and not goes_on else data
 
-    def decode(self, ids):
-        """Ids need not be whole characters: bytes that are no UTF-8 come out as U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+    def decode(self, ids, goes_on=False):
+        """
+        Ids need not be whole characters: bytes that are no UTF-8 come out as U+FFFD. goes_on: they continue a text, so
+        that a first space is one, where SentencePiece puts one in front of every text.
+        """
+        return self.decode_bytes(ids, goes_on).decode("utf-8", errors="replace")
 
     def token_bytes(self):
         """[bytes of each id]; b"" for special tokens and for ids that stand for nothing."""

@@ -573,7 +573,8 @@ def task_choices(subject, source, args):
         right, confidence, truth = {"accuracy": [], "accuracy_per_token": [], "accuracy_per_byte": []}, [], []
         for q, scores in zip(questions, scored(subject, "questions", questions, shots)):
             logp = np.array([s[0] for s in scores])
-            per = 1, np.array([s[1] for s in scores]), np.array([len(c.strip().encode()) for c in q.choices])
+            sizes = [len(text_files.clean(c.strip()).encode()) for c in q.choices]
+            per = 1, np.array([s[1] for s in scores]), np.array(sizes)
             options, labels = map(list, zip(*q.right))
             for name, length in zip(right, per):
                 right[name].append(labels[int(np.argmax((logp / length)[options]))])
@@ -610,10 +611,11 @@ def write_answers(subject, prompts, new, args):
     def compute(items):
         tokens, logp = subject.model.generate([p for p, _ in items], new, stop=stop, temperature=args.temperature,
                                               seed=[seed for _, seed in items])
-        return [[subject.tokenizer.decode(t), [round(x, 4) for x in lp]] for t, lp in zip(tokens, logp)]
+        return [[subject.tokenizer.decode(t, goes_on=not args.chat), [round(x, 4) for x in lp]]
+                for t, lp in zip(tokens, logp)]
     seeds = ((args.seed * 0x9E3779B1 + i) & 0xFFFFFFFF if args.temperature else 0 for i in itertools.count())
     items = [[subject.last(p, max(T - new, T // 2)), seed] for p, seed in zip(prompts, seeds)]
-    kind = ["answers", new, args.temperature, sorted(stop)]
+    kind = ["answers as they go on", new, args.temperature, sorted(stop)]
     return subject.ask(kind, items, lambda item: (1, len(item[0]) + new), compute)
 
 
@@ -732,7 +734,7 @@ def task_text(subject, source, args):
     """Every token after the document's start once; words are runs without white space, bytes those of UTF-8."""
     files, ids = [Path(source)] if source else list(stdlib.files("val")), []
     for piece, starts in itertools.chain(*map(text_files.read, files)):
-        ids += (subject.start if starts else []) + subject.tokenizer.encode(text_files.clean(piece))
+        ids += (subject.start if starts else []) + subject.tokenizer.encode(text_files.clean(piece), goes_on=not starts)
         if args.eval_tokens and len(ids) > args.eval_tokens:
             ids = ids[:args.eval_tokens + 1]
             break
@@ -748,7 +750,9 @@ def task_checks(subject, source, args):
     figures = {}
     for name, (_, folder) in data.corpora(subject.run).items():
         for metric, rows in read_json(folder / "checks.json").items():
-            figures[metric] = made(rows, subject, args, metric)["accuracy"]
+            found = made(rows, subject, args, metric)
+            figures[metric] = found.pop("accuracy")
+            figures |= {f"{metric}_{name}": value for name, value in found.items() if name != "ece"}
     return figures
 
 
@@ -810,7 +814,7 @@ VERDICTS = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5, "tie (bothbad)": 0.5}
 
 @reading
 def read_battle(where, row):
-    a, b, winner = row["model_a"], row["model_b"], row["winner"]
+    a, b, winner = str(row["model_a"]), str(row["model_b"]), str(row["winner"])
     if winner not in VERDICTS and winner not in (a, b) or a == b:
         raise BadInput(f"{where} has the winner {winner!r} between {a!r} and {b!r}: name one of two different "
                        "players, or model_a, model_b or tie")
@@ -992,6 +996,7 @@ def task_probe(subject, source, args):
         if description:
             ids += [i for i in [marks[0], *subject.tokenizer.encode(description), marks[1]] if i is not None]
         described.setdefault(description, ([], []))[text in held_out].append((ids, classes.index(label)))
+    described = {name: parts for name, parts in described.items() if all(parts)}  # rare ones may stand on one side only
     train, test = ([row for parts in described.values() for row in parts[i]] for i in (0, 1))
     if not train or not test:
         raise BadInput(f"{source} has too few texts to hold out a fifth: give five different ones or more")
@@ -1113,6 +1118,10 @@ def main():
     for name in "limit", "shots", "eval_tokens", "num_samples", "max_new_tokens", "window", "stride", "forward_tokens":
         if getattr(args, name) < 0:
             raise BadInput(f"--{name} {getattr(args, name)} is negative: give 0 or more")
+    if args.seed < 0 or not args.lr > 0:
+        raise BadInput(f"--seed {args.seed} --lr {args.lr}: a seed is 0 or more, a rate above 0")
+    if args.texts and tasks and all(name in ("samples", "winrate") for name, _ in tasks):
+        raise BadInput(f"--texts {args.texts}: {tasks[0][0]} writes no answers that are right or wrong: leave it out")
     for name in "orders", "rank", "steps":
         if getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: give 1 or more")

@@ -2523,8 +2523,13 @@ def check_plan(args, c):
     for name in ("gpus", "tp", "pp", "micro_batch", "batch", "block_size", "accumulate"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)} is not a positive number: use 1 or more")
+    for name in ("micro_batches", "cache_tokens"):
+        if getattr(args, name) < 0:
+            raise BadInput(f"--{name} {getattr(args, name)} is negative: use 0 or more")
+    if c is not None and args.params:
+        raise BadInput(f"--params {args.params:g} beside a preset: give one of the two")
     if c is None:
-        if not args.params or args.params <= 0:
+        if not args.params or not 0 < args.params < math.inf:
             raise BadInput("nothing to plan: give a preset's name, or --params 7e9")
         if "lora" in args.mode:
             raise BadInput(f"--mode {args.mode} counts adapters by shape: give a preset, not --params")
@@ -4260,6 +4265,8 @@ def save_hf(out, model, tokenizer=None, dtype=None, shard_bytes=5e9):
     tensors = {name: t if dtype is None else t.to(dtype) for name, t in to_hf_tensors(model, kind).items()}
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:  # before anything is replaced: there are tokenizers that transformers cannot have
+        tokenizer.export(out)
     sizes, shards = {name: t.numel() * t.element_size() for name, t in tensors.items()}, [[]]
     for name in tensors:
         if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > shard_bytes:
@@ -4269,14 +4276,15 @@ def save_hf(out, model, tokenizer=None, dtype=None, shard_bytes=5e9):
         [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards):
         save_safetensors({name: tensors[name] for name in names}, out / file, {"format": "pt"})
-    for old in {*out.glob("model*.safetensors*")} - {out / file for file in files}:  # of an export before this one
-        old.unlink()
+    earlier = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # an export before this one
+    for old in out.iterdir():
+        if earlier.fullmatch(old.name) and old.name not in files:
+            old.unlink()
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
         with replace_file(out / "model.safetensors.index.json", "w") as f:
             json.dump({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, f, indent=1)
     if tokenizer is not None:
-        tokenizer.export(out)
         begins = [tokenizer.special[name] for name in BEGINS if name in tokenizer.special]
         ends = sorted(chat_stops(tokenizer)) if tokenizer.chat else [] if tokenizer.eot is None else [tokenizer.eot]
         hf |= {"bos_token_id": begins[0]} if begins else {}
@@ -4340,7 +4348,7 @@ def info(args):
     default = {f.name: f.default for f in fields(GPTConfig)}
     for name, value in asdict(model.config).items():
         print(f"{name:14} {value}" + ("" if value == default[name] else "  *"))
-    if not any(isinstance(m, Linear) for m in model.modules()):  # quantized: the float model's sizes
+    if quantized(model):  # the float model's sizes
         model = meta_model(model.config)
     total, matmul = count_parameters(model)
     T = model.config.block_size
@@ -4352,10 +4360,15 @@ def info(args):
           f"{flops_per_token(model, T):,} training FLOPs a token at T {T}; * not nano's")
 
 
+def quantized(model):
+    return any(name.endswith(".codes") for name, _ in model.named_buffers())
+
+
 def params(args):
     model = blank(args.name)
-    total = count_parameters(model)[0]
-    for name, p in model.named_parameters():
+    listed = [*(model.state_dict().items() if quantized(model) else model.named_parameters())]
+    total = sum(p.numel() for _, p in listed)
+    for name, p in listed:
         print(f"{name:34} {str(tuple(p.shape)):>20} {p.numel():>15,} {p.numel() / total:7.2%} {str(p.dtype)[6:]}")
     print(f"{'total':34} {'':>20} {total:>15,}")
 

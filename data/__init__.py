@@ -146,6 +146,8 @@ def _encode(name, split, tokenizer, input, count):
     while batch := list(islice(documents, 64)):
         for (text, starts), ids in zip(batch, tokenizer.encode_batch([text for text, _ in batch])):
             count[split] = count.get(split, 0) + len(text.encode())
+            if not starts and tokenizer.prefix:
+                ids = tokenizer.encode(text, goes_on=True)
             yield border + list(ids) if starts else ids
 
 
@@ -559,7 +561,7 @@ def exact_match(model, tokenizer, rows, batch=256):
     texts = []
     for i in range(0, len(prompts), batch):
         tokens, _ = model.generate(prompts[i:i + batch], max_new_tokens=longest + 4, temperature=0)
-        texts += [tokenizer.decode(row) for row in tokens]
+        texts += [tokenizer.decode(row, goes_on=True) for row in tokens]
     return sum(text.startswith(row["answer"]) for text, row in zip(texts, rows)) / len(rows), texts
 
 

@@ -291,6 +291,8 @@ def test_llama2c_tokenizer_merges_the_highest_score_first(tmp_path):
     assert tokenizer.encode("ab") == [259, 263]  # "▁a" before "ab"
     assert tokenizer.encode("b\n") == [261, 263, 3 + 10]
     assert tokenizer.decode(tokenizer.encode("b") + tokenizer.encode("b", goes_on=True)) == "bb"  # no space between
+    assert tokenizer.decode(tokenizer.encode("b")) == "b"
+    assert tokenizer.decode(tokenizer.encode("b"), goes_on=True) == " b"
     assert tokenizer.eot == 2
     tokenizer.save(tmp_path)
     (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": tokenizer.spec()}))

@@ -596,8 +596,28 @@ def test_the_probe_reports_a_random_model_and_the_majority(run_dir, tmp_path):
     assert {f"p/{kind}_animal" for kind in ("accuracy", "random_model", "majority")} <= metrics.keys()
 
 
+def test_a_description_that_stands_on_one_side_of_the_split_is_left_out(run_dir, tmp_path):
+    rows = [{"text": f"the {w} sat {i}", "description": "a", "label": w} for i in range(10) for w in ("cat", "mat")]
+    file = jsonl(tmp_path / "p.jsonl", [*rows, {**rows[0], "description": "b"}])
+    metrics, _ = evaluate("--init", run_dir, "--task", f"probe={file}", "--steps", 1)
+    assert "p/accuracy" in str(metrics) and "_b" not in str(metrics)
+
+
+def test_numbers_may_be_players_and_answers_of_sentencepiece_keep_their_space(run_dir, tmp_path):
+    file = jsonl(tmp_path / "b.jsonl", [{"model_a": 1, "model_b": 2, "winner": w} for w in (1, 2, "tie", 1)])
+    assert "1" in evaluate("--task", f"arena={file}")[1]
+    model, tokenizer = GPT.from_pretrained(run_dir), Tokenizer.from_pretrained(run_dir)
+    (ids,), _ = model.generate([tokenizer.encode("the cat")], 8, temperature=0)
+    rows = [{"prompt": "the cat", "answer": tokenizer.decode(ids)}]
+    _, plain = data.exact_match(model, tokenizer, rows)
+    tokenizer.prefix = "prepend"  # only what is written counts here
+    tokenizer.encode = lambda text, **k: Tokenizer.from_pretrained(run_dir).encode(text)
+    assert data.exact_match(model, tokenizer, rows)[1] == plain
+
+
 @pytest.mark.parametrize("args, words", [
-    ("--task nonsense", "nonsense"), ("--task choices", "needs a file"), ("--task choices=missing", "missing"),
+    ("--task arithmetic --seed -1", "--seed -1"), ("--task nonsense", "nonsense"),
+    ("--task choices", "needs a file"), ("--task choices=missing", "missing"),
     ("--task choices={empty}", "is empty"), ("--task arena={empty}", "is empty"),
     ("--task arena={battle}", "line 1 has the winner 'nobody'"),
     ("--task choices={long}", "longer than the model's context of 64"), ("--task text={empty}", "longer one"),

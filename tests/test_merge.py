@@ -12,7 +12,7 @@ import torch
 
 import lora
 import merge as room
-from bpe import Tokenizer
+from bpe import BadInput, Tokenizer
 from conftest import ROOT, call
 from merge import dare, ema_weights, kth_largest, linear, slerp, task_arithmetic, ties, trim
 from model import (GPT, GPTConfig, PRESETS, init_weights, load_run, load_safetensors, load_shards, save_hf, save_run,
@@ -253,6 +253,18 @@ def test_a_stack_keeps_the_kind_of_attention_of_each_layer(runs, tmp_path):
     save_run(tmp_path / "a", model, {"tokenizer": run["tokenizer"]})
     merge("passthrough", f"{tmp_path / 'a'}@0:2", f"{tmp_path / 'a'}@1:4", "--out", tmp_path / "out")
     assert load_run(tmp_path / "out")[0].config.attn_kinds == ["full", "window", "window", "full", "window"]
+
+
+def test_an_export_replaces_an_earlier_one_and_nothing_else(runs, tmp_path):
+    for name in ("model-best.safetensors", "model-00001-of-00009.safetensors", "model_epoch3.safetensors"):
+        (tmp_path / name).write_bytes(b"x")
+    model, tokenizer = GPT.from_pretrained(runs / "hf" / "a"), Tokenizer.load(runs / "base")
+    save_hf(tmp_path, model, tokenizer)
+    assert {p.name for p in tmp_path.glob("model*")} == {"model-best.safetensors", "model_epoch3.safetensors",
+                                                        "model.safetensors"}
+    with pytest.raises(BadInput, match="tokenizer.json"):
+        save_hf(tmp_path / "new", model, Tokenizer.train(["abc"], 3, kind="char"))
+    assert not list((tmp_path / "new").glob("*.safetensors"))
 
 
 # -----------------------------------------------------------------------------

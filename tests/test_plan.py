@@ -336,7 +336,9 @@ def test_every_device_with_a_peak_has_a_bandwidth_and_a_part_of_a_name_will_do()
     ("gpt2 --gpus 0", "--gpus"), ("gpt2 --tp 5", "--tp"), ("gpt2 --pp 5", "--pp"), ("nothing", "preset"),
     ("gpt2 --mode lora", "--lora_rank"), ("gpt2 --micro_batch 0", "--micro_batch"), ("", "--params"),
     ("gpt2 --mode lora --lora_rank 4 --lora_targets x", "--lora_targets"),
-    ("--params 7e9 --optimizer muon", "--optimizer"), ("--params 7e9 --mode qlora --lora_rank 4", "--mode")])
+    ("--params 7e9 --optimizer muon", "--optimizer"), ("--params 7e9 --mode qlora --lora_rank 4", "--mode"),
+    ("gpt2 --params 7e9", "--params"), ("--params nan", "--params"), ("gpt2 --cache_tokens -5", "--cache_tokens"),
+    ("gpt2 --pp 2 --micro_batches -1", "--micro_batches")])
 def test_a_plan_that_cannot_be_is_refused_in_a_sentence(line, part):
     with pytest.raises(BadInput, match=part) as error:
         P.memory(flags(line))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import evaluate as evaluate_room
 import lora
+import model as model_room
 import quantize as Q
 import sample as sample_room
 import train as train_room
@@ -497,6 +498,13 @@ def test_a_quantized_run_is_sampled_and_evaluated_like_any_other(folder):
     assert "take the place" in err
     run(folder, "--method", "zeropoint", "--group", 32, "--out", folder / "int4")
     assert (folder / "int4.old" / "run.json").exists()
+
+
+def test_a_quantized_runs_size_is_the_float_models(folder, tmp_path):
+    run(folder, "--method", "symmetric", "--bits", 8, "--group", 0, "--out", tmp_path / "int8")
+    told = [call(model_room, "info", name)[0].splitlines()[-1] for name in (folder / "run", tmp_path / "int8")]
+    assert told[0] == told[1]
+    assert "blocks.0.attn.q.codes" in call(model_room, "params", tmp_path / "int8")[0]
 
 
 def test_the_table_has_a_line_and_a_point_for_every_row(folder):
